@@ -1,0 +1,45 @@
+"""Fused, memory-lean drop-in replacements for the losses of sentence-transformers.
+
+The two ways in: ``sbert_kernels.patch()`` before a training script builds its losses, or ``from sbert_kernels import
+losses`` in place of the stock import. :func:`contrastive_loss` is the operation under them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import losses as losses
+    from .backends import use_backend as use_backend
+    from .ops.contrastive import contrastive_loss as contrastive_loss
+    from .patching import patch as patch
+    from .patching import unpatch as unpatch
+
+__version__ = "0.1.0"
+
+# Loaded on first use: importing the package costs no import of torch or sentence-transformers.
+_PUBLIC = {
+    "contrastive_loss": ("ops.contrastive", "contrastive_loss"),
+    "losses": ("losses", None),
+    "patch": ("patching", "patch"),
+    "unpatch": ("patching", "unpatch"),
+    "use_backend": ("backends", "use_backend"),
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    value = import_module(f".{module}", __name__)
+    if attribute is not None:
+        value = getattr(value, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,60 @@
+"""``python -m sbert_kernels info | demo | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sbert_kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"sbert-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | bench")
+
+    info = commands.add_parser("info", help="versions, device, and which backend serves which operation, and why")
+    info.set_defaults(run=_info)
+
+    from . import demo
+
+    trainer = commands.add_parser("demo", help="train a real model on real text, stock losses beside the fused ones")
+    demo.add_arguments(trainer)
+    trainer.set_defaults(run=demo.run)
+
+    bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="contrastive")
+    from .benchmarks import contrastive
+
+    subject = subjects.add_parser("contrastive", help="the in-batch-negatives losses, from embeddings to gradients")
+    contrastive.add_arguments(subject)
+    subject.set_defaults(run=contrastive.run)
+
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments) or 0
+
+
+def _info(_: argparse.Namespace) -> int:
+    from . import backends, settings
+    from .benchmarks.harness import machine
+
+    print(f"sbert-kernels {__version__}")
+    for key, value in machine().items():
+        print(f"  {key}: {value}")
+    print("\noperations")
+    for operation in backends.OPERATIONS:
+        choice = backends.choose(operation)
+        print(f"  {operation}: {choice.backend.name} ({choice.reason})")
+        for other in backends.BACKENDS:
+            if other != choice.backend and operation in other.operations:
+                print(f"    else {other.name}: {other.summary}{'' if other.automatic else '; only when asked for'}")
+    print("\nsettings")
+    for name, variable in settings.VARIABLES.items():
+        print(f"  {variable.environment} = {settings.get(name)}: {variable.meaning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

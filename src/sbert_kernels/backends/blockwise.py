@@ -1,0 +1,331 @@
+"""The contrastive operation in row blocks of torch ops: any device, any dtype, three matrix products, no N x M matrix.
+
+For a block of B rows R and all columns C, unit vectors where the similarity is cosine:
+
+    z = scale R C^T                                        # [B, D] @ [D, M] -> [B, M], the only large buffer
+    e = exp(z - shift), l = sum_j e_j                      # softmax statistics, in place
+    dR  = (scale / l) (e C)                                # [B, M] @ [M, D] -> [B, D]
+    dC += e^T ((scale / l) R)                              # [M, B] @ [B, D] -> [M, D]
+
+The loss is a scalar, so these are its gradients up to one factor, and the backward pass multiplies by that factor.
+Both products take e as it is: its row factor 1 / l goes to the thin side, which is D wide where e is M wide.
+
+Cosine bounds the logits by scale + hardness; up to `UNSHIFTED_LOGIT` exp(z) and its row sums stay inside fp32, so no
+maximum is searched for (shift = 0). Otherwise the shift is the row maximum.
+
+The row's own positive never goes through e. Its entry is excluded like others are, and its part of loss and gradient
+is added row-wise from its own dot product: the loss is log(1 + l_others / e_positive) and the gradient -l_others / l,
+both without the cancellation of 1 - p at p near 1.
+
+Memory: one block of z (its size from a byte budget), unit copies of the inputs, the gradients. Accumulators, softmax
+statistics and loss are fp32 (fp64 for fp64 inputs); half-precision inputs are widened once, as stock does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .. import settings
+from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
+
+# exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
+UNSHIFTED_LOGIT = 40.0
+# A block that fits the last-level cache is read back from there; one of fewer rows starves the dC product.
+CACHED_BLOCK_BYTES = 16 * settings.MIB
+MIN_BLOCK_ROWS = 256
+# Rows at a time in passes over the [., D] operands.
+OPERAND_ROWS = 4096
+
+
+def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
+    """Loss and gradients of the contrastive operation."""
+    return _Pass(problem, needs).run()
+
+
+class _Operand:
+    """A set of vectors: their values as the products use them, and the accumulator of their gradient."""
+
+    def __init__(self, parts: tuple[Tensor, ...], problem: ContrastiveProblem, cosine: bool, need: bool) -> None:
+        self.norms: Tensor | None = None  # (rows, 1)
+        self.eps = problem.eps
+        dtype = torch.promote_types(parts[0].dtype, problem.dtype)
+        if not cosine and len(parts) == 1:
+            self.values = parts[0].detach().to(dtype).contiguous()  # (rows, D)
+        else:
+            self.values = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], dtype=dtype)
+            torch.cat([part.detach().to(dtype) for part in parts], out=self.values)
+        if cosine:
+            self.norms = torch.linalg.vector_norm(self.values, dim=1, keepdim=True)
+            self.values.div_(self.norms.clamp(min=self.eps))
+        self.gradient = torch.zeros_like(self.values) if need else None  # (rows, D)
+
+    def finish(self) -> Tensor | None:
+        """Carry the gradient through the norm, in place: dx = (g - (g . x) x) / |x|."""
+        if self.gradient is None or self.norms is None:
+            return self.gradient
+        for begin in range(0, len(self.values), OPERAND_ROWS):
+            rows = slice(begin, begin + OPERAND_ROWS)
+            x, g, norm = self.values[rows], self.gradient[rows], self.norms[rows]
+            along = (g * x).sum(dim=1, keepdim=True)
+            # Below eps the divisor is a constant, so nothing flows through it (NaN norms must stay NaN).
+            g.addcmul_(x, along.masked_fill_(norm < self.eps, 0), value=-1).div_(norm.clamp(min=self.eps))
+        return self.gradient
+
+
+@dataclass
+class _Block:
+    """One term's logits for one block of rows, later exponentiated in place."""
+
+    term: Term
+    z: Tensor  # (B, columns)
+    own: Tensor | None = None  # (B,): similarity of the row's own positive pair, which z leaves out
+    duplicates: Tensor | None = None  # (B, columns) bool: further positives
+    duplicate_logits: Tensor | float = 0.0  # (B,): their sum
+
+
+class _Pass:
+    """One call: operands, buffers and the loop over row blocks."""
+
+    def __init__(self, problem: ContrastiveProblem, needs: Needs) -> None:
+        self.problem, self.needs = problem, needs
+        self.groups = problem.groups()
+        self.terms = problem.terms()
+        cosine = problem.similarity == "cos"
+        self.queries = _Operand((problem.queries,), problem, cosine, needs.queries)
+        self.documents = _Operand(problem.documents, problem, cosine, needs.documents)
+        self.all_queries = self.queries
+        if problem.all_queries is not None and any(term.columns_are_queries for term in self.terms):
+            self.all_queries = _Operand((problem.all_queries,), problem, cosine, needs.all_queries)
+        self.guides = None
+        if problem.guided:
+            self.guides = (
+                _Operand((problem.guide_queries,), problem, cosine=True, need=False),
+                _Operand(problem.guide_documents, problem, cosine=True, need=False),
+            )
+        self.scale = problem.scale
+        if isinstance(self.scale, Tensor):
+            self.scale = self.scale.detach().to(device=problem.queries.device, dtype=problem.dtype)
+        self.bounded = self._logit_bound() <= UNSHIFTED_LOGIT
+        self.grad = any(needs)
+
+    def _logit_bound(self) -> float:
+        """The largest possible |z|, where it can be known without waiting for the device."""
+        if self.problem.similarity != "cos" or (isinstance(self.scale, Tensor) and self.scale.device.type != "cpu"):
+            return math.inf
+        return float(self.scale) + self.problem.hardness
+
+    def run(self) -> ContrastiveResult:
+        problem, needs = self.problem, self.needs
+        n, device = len(problem.queries), problem.queries.device
+        weights = problem.weights
+        if weights is None:
+            share = torch.full((n,), 1 / n, dtype=problem.dtype, device=device)
+        else:
+            weights = weights.detach().to(problem.dtype)
+            share = weights / weights.sum()
+        losses = torch.empty(n, dtype=problem.dtype, device=device)
+        self.scale_gradient = torch.zeros((), dtype=problem.dtype, device=device)
+
+        rows = self._block_rows(n)
+        buffers = {term: self.queries.values.new_empty(rows * term.columns) for term in self.terms}
+        guide_buffer = None
+        if self.guides:
+            guide_buffer = self.guides[0].values.new_empty(rows * max(term.columns for term in self.terms))
+        for begin in range(0, n, rows):
+            block = slice(begin, min(begin + rows, n))
+            losses[block] = self._block(block, share[block], buffers, guide_buffer)
+        del buffers, guide_buffer
+
+        loss = (share * losses).sum()
+        return ContrastiveResult(
+            loss=loss,
+            queries=self.queries.finish(),
+            documents=self.documents.finish(),
+            all_queries=self._all_queries_gradient(),
+            scale=self.scale_gradient if needs.scale else None,
+            weights=(losses - loss) / weights.sum() if needs.weights else None,
+        )
+
+    def _all_queries_gradient(self) -> Tensor | None:
+        if not self.needs.all_queries:
+            return None
+        if self.all_queries is self.queries:  # no direction looks at the other ranks' queries
+            return torch.zeros_like(self.problem.all_queries, dtype=self.problem.dtype)
+        return self.all_queries.finish()
+
+    def _block_rows(self, n: int) -> int:
+        element = self.queries.values.element_size()
+        row_bytes = sum(term.columns for term in self.terms) * element
+        if self.guides:
+            row_bytes += max(term.columns for term in self.terms) * (element + 1)
+        if self.problem.duplicates != "keep":
+            row_bytes += sum(term.columns for term in self.terms)
+        budget = settings.get("block_bytes") // row_bytes
+        return max(1, min(n, budget, max(MIN_BLOCK_ROWS, CACHED_BLOCK_BYTES // row_bytes)))
+
+    def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
+        """Losses of the rows in ``block``, (B,); adds their part of every gradient."""
+        own = slice(block.start + self.problem.row_offset, block.stop + self.problem.row_offset)
+        threshold = None
+        if self.guides:
+            guide_queries, guide_documents = self.guides
+            own_guide = (guide_queries.values[block] * guide_documents.values[own]).sum(dim=1)
+            threshold = self.problem.guide_threshold(own_guide)
+        logits = {term: self._logits(term, block, own, buffers[term], guide_buffer, threshold) for term in self.terms}
+        losses = torch.zeros_like(share)
+        for group in self.groups:
+            parts = [logits[term] for term in group]
+            losses += self._softmax(parts, block, own, share / len(self.groups)) / len(self.groups)
+        return losses
+
+    def _sides(self, term: Term, block: slice, own: slice) -> tuple[_Operand, slice, _Operand]:
+        """Row operand, its rows of this block, column operand."""
+        rows = (self.queries, block) if term.rows_are_queries else (self.documents, own)
+        return *rows, self.all_queries if term.columns_are_queries else self.documents
+
+    def _own_columns(self, term: Term, block: slice) -> slice:
+        return slice(term.positive + block.start, term.positive + block.stop)
+
+    def _logits(
+        self,
+        term: Term,
+        block: slice,
+        own: slice,
+        buffer: Tensor,
+        guide_buffer: Tensor | None,
+        threshold: Tensor | None,
+    ) -> _Block:
+        """z of one term, with -inf where the softmax must not look: exclusions, and the own positive."""
+        problem = self.problem
+        rows, index, columns = self._sides(term, block, own)
+        weighted = term.direction == "query_to_doc" and problem.hardness > 0
+        # Every entry gets the factor that most entries have; the few others are mended on their diagonals.
+        factor = self.scale
+        if weighted and problem.hardness_mode != "hard_negatives":
+            factor = self.scale + problem.hardness
+        n = block.stop - block.start
+        z = buffer[: n * term.columns].view(n, term.columns)
+        # [B, D] @ [D, columns] -> [B, columns]
+        torch.mm(rows.values[index] * factor, columns.values[: term.columns].T, out=z)
+        result = _Block(term, z)
+        if term.positive is not None:
+            pairs = rows.values[index] * columns.values[self._own_columns(term, block)]
+            result.own = pairs.sum(dim=1)  # [B, D] . [B, D] -> [B]
+
+        ids = problem.column_ids(term)
+        if ids is not None:
+            begin = problem.own_column(term) + block.start
+            duplicates = ids[begin : begin + n, None] == ids[None, :]  # (B, columns)
+            _diagonal(duplicates, problem.own_column(term), block).fill_(False)
+            if term.positive is not None and problem.duplicates == "positive":
+                result.duplicates = duplicates
+                if weighted:
+                    z.copy_(torch.where(duplicates, z * (self.scale / factor), z))
+            else:
+                z.masked_fill_(duplicates, -torch.inf)
+        if weighted and problem.hardness_mode != "all_negatives":
+            # Own hard negatives are the only weighted ones, or the only unweighted ones.
+            wanted = self.scale
+            if problem.hardness_mode == "hard_negatives":
+                wanted = self.scale + problem.hardness
+            for start in term.own_negatives:
+                entries = _diagonal(z, start, block)
+                mended = entries * (wanted / factor)
+                if result.duplicates is not None:
+                    mended = torch.where(_diagonal(result.duplicates, start, block), entries, mended)
+                entries.copy_(mended)
+        if threshold is not None:
+            guide = self._guide(term, block, own, guide_buffer)
+            excluded = guide > threshold[:, None]
+            if result.duplicates is not None:
+                excluded &= ~result.duplicates
+            z.masked_fill_(excluded, -torch.inf)
+        if result.duplicates is not None:
+            result.duplicate_logits = torch.where(result.duplicates, z, 0).sum(dim=1)
+        for start in term.excluded if term.positive is None else (term.positive,):
+            _diagonal(z, start, block).fill_(-torch.inf)
+        return result
+
+    def _guide(self, term: Term, block: slice, own: slice, buffer: Tensor) -> Tensor:
+        """Cosine of the guide's vectors for one term, (B, columns)."""
+        queries, documents = self.guides
+        rows = queries.values[block] if term.rows_are_queries else documents.values[own]
+        columns = queries if term.columns_are_queries else documents
+        similarity = buffer[: len(rows) * term.columns].view(len(rows), term.columns)
+        # [B, G] @ [G, columns] -> [B, columns]
+        return torch.mm(rows, columns.values[: term.columns].T, out=similarity)
+
+    def _softmax(self, parts: list[_Block], block: slice, own: slice, share: Tensor) -> Tensor:
+        """One softmax over the given terms: losses (B,), and the gradients that follow from them.
+
+        ``share`` (B,) is the weight of each row in the loss.
+        """
+        positive = [self.scale * part.own for part in parts if part.own is not None]  # each (B,)
+        shift: Tensor | float = 0.0
+        if not self.bounded:
+            shift = reduce(torch.maximum, [part.z.amax(dim=1) for part in parts] + positive)
+            shift = shift.masked_fill(shift.isinf(), 0)
+        others = torch.zeros_like(share)
+        for part in parts:
+            if not self.bounded:
+                part.z.sub_(shift[:, None])
+            others += part.z.exp_().sum(dim=1)
+        own_exp = [(logit - shift).exp() for logit in positive]
+        total = others + sum(own_exp)
+
+        further = [part for part in parts if part.duplicates is not None]
+        count = len(positive) + sum((part.duplicates.sum(dim=1) for part in further), torch.zeros_like(share))
+        # logsumexp less the own logit, exact where the others are few or far below
+        excess = reduce(torch.logaddexp, [logit - positive[0] for logit in (*positive, others.log() + shift)])
+        mean_positive = (sum(positive) + sum(part.duplicate_logits for part in further)) / count
+        losses = excess + (positive[0] - mean_positive)
+        if not self.grad:
+            return losses
+
+        share = share * self.scale
+        coefficient = share / total
+        for part in parts:
+            if part.duplicates is not None:
+                part.z.sub_(part.duplicates * (total / count)[:, None])
+            self._accumulate(part, block, own, coefficient[:, None])
+        for index, part in enumerate(part for part in parts if part.own is not None):
+            # total * (p - 1 / count) of the own pair, without subtracting nearly equal numbers
+            rest = others + sum(own_exp[:index] + own_exp[index + 1 :])
+            self._pull(part, block, own, coefficient * ((count - 1) * own_exp[index] - rest) / count)
+        return losses
+
+    def _accumulate(self, part: _Block, block: slice, own: slice, coefficient: Tensor) -> None:
+        """The two gradient products of one term."""
+        rows, index, columns = self._sides(part.term, block, own)
+        values = columns.values[: part.term.columns]
+        if rows.gradient is not None or self.needs.scale:
+            gradient = torch.mm(part.z, values).mul_(coefficient)  # [B, columns] @ [columns, D] -> [B, D]
+            if rows.gradient is not None:
+                rows.gradient[index] += gradient
+            if self.needs.scale:  # sum_j dz_j s_j = (sum_j dz_j c_j) . r
+                self.scale_gradient += (gradient * rows.values[index]).sum() / self.scale
+        if columns.gradient is not None:
+            # [columns, B] @ [B, D] -> [columns, D]
+            columns.gradient[: part.term.columns].addmm_(part.z.T, rows.values[index] * coefficient)
+
+    def _pull(self, part: _Block, block: slice, own: slice, strength: Tensor) -> None:
+        """The gradient of the own positive pairs, row-wise; ``strength`` (B,) is that of their similarity."""
+        rows, index, columns = self._sides(part.term, block, own)
+        partners = self._own_columns(part.term, block)
+        if rows.gradient is not None:
+            rows.gradient[index].addcmul_(strength[:, None], columns.values[partners])
+        if columns.gradient is not None:
+            columns.gradient[partners].addcmul_(strength[:, None], rows.values[index])
+        if self.needs.scale:
+            self.scale_gradient += (strength * part.own).sum() / self.scale
+
+
+def _diagonal(matrix: Tensor, start: int, block: slice) -> Tensor:
+    """View of the entries (i, start + i) of a matrix that holds the rows of ``block``."""
+    begin = start + block.start
+    return matrix[:, begin : begin + len(matrix)].diagonal()

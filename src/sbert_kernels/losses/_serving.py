@@ -1,0 +1,69 @@
+"""Whether a loss is computed by the fused operation or by its stock class, decided at each call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from sentence_transformers import util
+from torch import Tensor, nn
+
+from .. import settings
+
+logger = logging.getLogger(__name__)
+
+_logged: set[str] = set()
+
+
+def log_once(message: str) -> None:
+    """One line per message and process: a loss is called at every step."""
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning(message)
+
+
+def similarity_of(similarity_fct: Any) -> str | None:
+    """The operation's name for a similarity function of sentence-transformers, or None for any other."""
+    # `model.similarity` is a bound method that dispatches on the model's similarity_fn_name.
+    model = getattr(similarity_fct, "__self__", None)
+    if getattr(similarity_fct, "__name__", None) == "similarity" and hasattr(model, "similarity_fn_name"):
+        similarity_fct = util.SimilarityFunction.to_similarity_fn(model.similarity_fn_name)
+    if similarity_fct in (util.cos_sim, util.pytorch_cos_sim):
+        return "cos"
+    return "dot" if similarity_fct is util.dot_score else None
+
+
+def unsupported_embeddings(embeddings: Sequence[Tensor]) -> str | None:
+    """Why the operation cannot take these embeddings although stock can, or None."""
+    if any(embedding.is_sparse for embedding in embeddings):
+        return "the embeddings are sparse"
+    return None
+
+
+def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any]) -> bool:
+    """Whether the fused operation computes this call of ``loss``.
+
+    Args:
+        loss: The drop-in.
+        unsupported: Which of its options only the stock computation serves, if any.
+        new_options: Options that stock does not have, by name, where they are set.
+
+    Raises:
+        ValueError: ``unsupported``, but a new option or a backend was asked for that stock cannot honour.
+    """
+    name = type(loss).__name__
+    options = ", ".join(f"{key}={value!r}" for key, value in new_options.items())
+    if settings.get("disable"):
+        if options:
+            log_once(f"{name}: SBERT_KERNELS_DISABLE is set, so {options}, which stock does not have, has no effect.")
+        return False
+    if unsupported is None:
+        return True
+    if options:
+        raise ValueError(f"{name} cannot combine {options} with a stock computation, which is needed: {unsupported}.")
+    backend = settings.get("backend")
+    if backend is not None:
+        raise ValueError(f"{name} cannot be served by the backend asked for, {backend!r}: {unsupported}.")
+    log_once(f"{name} is computed by sentence-transformers, not by a fused kernel: {unsupported}.")
+    return False

@@ -1,0 +1,128 @@
+"""CachedMultipleNegativesRankingLoss and its symmetric form: sentence-transformers' gradient cache, a fused loss stage.
+
+The loss between the two passes over the encoder is one call of the contrastive operation over the whole batch: it needs
+no chunks to bound its memory, and gathers across devices once, not once a chunk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import cached_multiple_negatives_ranking as stock
+from sentence_transformers.sentence_transformer.losses.cached_multiple_negatives_symmetric_ranking import (
+    CachedMultipleNegativesSymmetricRankingLoss as StockSymmetric,
+)
+from sentence_transformers.util import cos_sim
+from torch import Tensor
+from typing_extensions import deprecated
+
+from ._cached import backward_to_leaves, with_scale_gradient
+from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_duplicates, plain_scale
+
+
+class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLoss):
+    """Stock's CachedMultipleNegativesRankingLoss (see there for the arguments) with a fused loss stage.
+
+    ``mini_batch_size`` bounds the memory of the encoder; the loss stage needs no bound. The new options ``duplicates``
+    and a learnable ``scale`` are those of :class:`MultipleNegativesRankingLoss`.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | Tensor = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        duplicates: str = "keep",
+    ) -> None:
+        # Stock keeps these; every option of the loss itself belongs to the inner loss, which validates it.
+        super().__init__(
+            model=model,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            show_progress_bar=show_progress_bar,
+        )
+        self.loss = MultipleNegativesRankingLoss(
+            model,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            gather_across_devices=gather_across_devices,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+            duplicates=duplicates,
+        )
+
+    _delegated_to_wrapped_loss = (*stock.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss, "duplicates")
+
+    @property
+    def duplicates(self) -> str:
+        return self.loss.duplicates
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of the whole batch from its mini-batches of embeddings; see stock.
+
+        With ``with_backward``, every mini-batch has its gradient in ``.grad`` afterwards, and the loss returned is
+        detached from all of them. It still carries the gradient of a learnable scale, so that whatever multiplies the
+        loss later (a weight, a gradient scaler) reaches the scale as well.
+        """
+        columns = [torch.cat(column) for column in reps]
+        if len(columns) < 2 or not self.loss.serves(columns):
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        loss = self.loss.compute_loss(columns, labels, stock)
+        return backward_to_leaves(loss, reps, self.scale) if with_backward else loss
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        sentence_features = list(sentence_features)
+        with self.loss.ids_of(sentence_features):
+            return with_scale_gradient(self, self.scale, super().forward, sentence_features, labels)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return plain_scale(super().get_config_dict()) | self.loss._new_options()
+
+
+with warnings.catch_warnings():
+    # Subclassing a deprecated class warns, at a point where no user has asked for it yet.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @deprecated(StockSymmetric.__deprecated__)
+    class CachedMultipleNegativesSymmetricRankingLoss(StockSymmetric, CachedMultipleNegativesRankingLoss):
+        """Stock's CachedMultipleNegativesSymmetricRankingLoss, with a fused loss stage and the new options."""
+
+        def __init__(
+            self,
+            model: SentenceTransformer,
+            scale: float | Tensor = 20.0,
+            similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+            mini_batch_size: int = 32,
+            mini_batch_num_tokens: int | None = None,
+            gather_across_devices: bool = False,
+            show_progress_bar: bool = False,
+            *,
+            duplicates: str = "keep",
+        ) -> None:
+            super().__init__(
+                model,
+                scale,
+                similarity_fct,
+                mini_batch_size,
+                mini_batch_num_tokens,
+                gather_across_devices,
+                show_progress_bar,
+            )
+            self.loss.duplicates = check_duplicates(duplicates)

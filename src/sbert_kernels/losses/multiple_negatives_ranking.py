@@ -1,0 +1,180 @@
+"""MultipleNegativesRankingLoss and its symmetric form on the fused contrastive operation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
+from sentence_transformers.sentence_transformer.losses.multiple_negatives_symmetric_ranking import (
+    MultipleNegativesSymmetricRankingLoss as StockSymmetric,
+)
+from sentence_transformers.util import all_gather, cos_sim
+from torch import Tensor
+from typing_extensions import deprecated
+
+from ..backends.problem import DUPLICATES
+from ..ops.contrastive import contrastive_loss
+from ._row_ids import row_ids
+from ._serving import serves, similarity_of, unsupported_embeddings
+
+
+def check_duplicates(duplicates: str) -> str:
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates must be one of {list(DUPLICATES)}, got {duplicates!r}.")
+    return duplicates
+
+
+class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
+    """Stock's MultipleNegativesRankingLoss (see there for the arguments), without its N x N matrices.
+
+    Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
+    embeddings), under autocast too.
+
+    New options:
+        scale: May be a 0-d ``torch.nn.Parameter``: a learnable inverse temperature, which the Trainer's optimizer
+            picks up.
+        duplicates: What becomes of an in-batch negative whose text equals the row's own positive (or query, in the
+            directions whose candidates are queries): "keep" (as stock), "mask", or "positive". Texts are compared by
+            their token ids. See :func:`sbert_kernels.contrastive_loss`.
+
+    A ``similarity_fct`` other than ``cos_sim`` and ``dot_score`` is computed by stock, which is logged once.
+    """
+
+    duplicates: str = "keep"
+    _ids: list[Tensor] | None = None  # one tensor for each column, while a forward pass runs
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | Tensor = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        duplicates: str = "keep",
+    ) -> None:
+        super().__init__(
+            model=model,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            gather_across_devices=gather_across_devices,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+        )
+        self.duplicates = check_duplicates(duplicates)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        sentence_features = list(sentence_features)
+        with self.ids_of(sentence_features):
+            return super().forward(sentence_features, labels)
+
+    @contextmanager
+    def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+        """Know the texts of a batch, where ``duplicates`` asks for them, while its loss is computed."""
+        if self.duplicates != "keep":
+            self._ids = [row_ids(features) for features in sentence_features]
+        try:
+            yield
+        finally:
+            self._ids = None
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        return self.compute_loss(embeddings, labels, stock)
+
+    def serves(self, embeddings: Sequence[Tensor]) -> bool:
+        """Whether the fused operation computes the loss of these embeddings; see :func:`._serving.serves`."""
+        unsupported = unsupported_embeddings(embeddings)
+        if similarity_of(self.similarity_fct) is None:
+            unsupported = (
+                f"similarity_fct={stock.similarity_fct_name(self.similarity_fct)} is neither cos_sim nor dot_score"
+            )
+        return serves(self, unsupported, self._new_options())
+
+    def _new_options(self) -> dict[str, Any]:
+        return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
+
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor | None, namespace: Any) -> Tensor:
+        """The loss of one column of embeddings [N, D] for each of query, positive, negatives.
+
+        ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used.
+        """
+        if len(embeddings) < 2 or not self.serves(embeddings):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        queries, *documents = embeddings
+        query_ids, document_ids = self._column_ids(embeddings)
+        all_queries, offset = None, 0
+        if self.gather_across_devices:
+            all_queries = namespace.all_gather_with_grad(queries)
+            documents = [namespace.all_gather_with_grad(column) for column in documents]
+            offset = namespace.get_rank() * len(queries)
+            queries = all_queries[offset : offset + len(queries)]
+        return contrastive_loss(
+            queries,
+            documents,
+            scale=self.scale,
+            similarity=similarity_of(self.similarity_fct),
+            directions=self.directions,
+            partition_mode=self.partition_mode,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            query_ids=query_ids,
+            document_ids=document_ids,
+            duplicates=self.duplicates,
+            all_queries=all_queries,
+            row_offset=offset,
+        )
+
+    def _column_ids(self, embeddings: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Ids of the query columns and of all documents, gathered as the embeddings are."""
+        if self.duplicates == "keep":
+            return None, None
+        if self._ids is None:
+            raise ValueError(
+                f"duplicates={self.duplicates!r} compares the texts of a batch, which only forward(sentence_features, "
+                "labels) sees: call that, or contrastive_loss(..., query_ids=, document_ids=) with ids of your own."
+            )
+        ids = torch.stack(self._ids).to(embeddings[0].device)  # (columns, N)
+        if self.gather_across_devices:
+            ids = all_gather(ids.T.contiguous()).T
+        return ids[0].contiguous(), ids[1:].flatten()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return plain_scale(super().get_config_dict()) | self._new_options()
+
+
+def plain_scale(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose learnable scale, if it has one, is written as the number that it is now."""
+    if isinstance(config["scale"], Tensor):
+        config["scale"] = config["scale"].item()
+    return config
+
+
+with warnings.catch_warnings():
+    # Subclassing a deprecated class warns, at a point where no user has asked for it yet.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @deprecated(StockSymmetric.__deprecated__)
+    class MultipleNegativesSymmetricRankingLoss(StockSymmetric, MultipleNegativesRankingLoss):
+        """Stock's MultipleNegativesSymmetricRankingLoss, with the options of :class:`MultipleNegativesRankingLoss`."""
+
+        def __init__(
+            self,
+            model: SentenceTransformer,
+            scale: float | Tensor = 20.0,
+            similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+            gather_across_devices: bool = False,
+            *,
+            duplicates: str = "keep",
+        ) -> None:
+            super().__init__(model, scale, similarity_fct, gather_across_devices)
+            self.duplicates = check_duplicates(duplicates)

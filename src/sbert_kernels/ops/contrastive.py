@@ -1,0 +1,339 @@
+"""Blockwise softmax cross-entropy over similarities: the in-batch-negatives losses, without their N x M matrix.
+
+For rows i of a batch of (query, document, hard negatives...), with z = scale * similarity (+ hardness penalty):
+
+    loss = sum_i w_i (Z_i - z_i,positive) / sum_i w_i,     Z_i = logsumexp over the candidates of row i
+
+The candidates of a row are those of its *directions*: the documents for its query (`query_to_doc`), the other queries
+(`query_to_query`), the queries for its document (`doc_to_query`), the other rows' documents (`doc_to_doc`). `joint`
+takes one logsumexp over the union, `per_direction` averages one per direction. Options follow sentence-transformers'
+MultipleNegativesRankingLoss (van den Oord et al. 2018, Li et al. 2023, Lan et al. 2025) and GISTEmbedLoss (Solatorio
+2024).
+
+The loss is a scalar, so its gradients are computed in the forward pass up to one factor, and the backward pass
+multiplies by that factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .. import backends
+from ..backends import problem as contract
+from ..backends.problem import ContrastiveProblem, Needs
+
+
+class _Contrastive(torch.autograd.Function):
+    """Tensors that may carry a gradient are arguments of their own; everything else rides in the problem."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        problem: ContrastiveProblem,
+        backend: backends.Backend,
+        *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
+    ) -> Tensor:
+        queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[2:]
+        needs = Needs(queries, any(documents), all_queries, scale, weights)
+        result = _run(problem, backend, needs)
+        # Saved in the accumulators' dtype, not the inputs': a gradient scaler multiplies before the rounding.
+        ctx.save_for_backward(result.queries, result.all_queries, result.scale, result.weights, result.documents)
+        ctx.document_rows = [len(column) for column in problem.documents]
+        ctx.destinations = [(t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors]
+        return result.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, documents = ctx.saved_tensors
+        gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
+        scaled = []
+        for gradient, wanted, destination in zip(gradients, ctx.needs_input_grad[2:], ctx.destinations, strict=True):
+            if gradient is None or not wanted:
+                scaled.append(None)
+            else:
+                dtype, device = destination
+                scaled.append((gradient * grad_output).to(dtype=dtype, device=device))
+        return None, None, *scaled
+
+
+def _run(problem: ContrastiveProblem, backend: backends.Backend, needs: Needs) -> contract.ContrastiveResult:
+    # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
+    with torch.autocast(problem.queries.device.type, enabled=False), torch.no_grad():
+        return backend.function("contrastive")(problem, needs)
+
+
+def contrastive_loss(
+    queries: Tensor,
+    documents: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Tensor = 20.0,
+    similarity: str = "cos",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    weights: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    duplicates: str = "keep",
+    guide_queries: Tensor | None = None,
+    guide_documents: Tensor | Sequence[Tensor] | None = None,
+    margin_strategy: str = "absolute",
+    margin: float = 0.0,
+    all_queries: Tensor | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """In-batch-negatives softmax cross-entropy of (query, document, hard negatives...) rows, never holding N x M.
+
+    Differentiable once in ``queries``, ``documents``, ``all_queries``, and in ``scale`` and ``weights`` where they are
+    tensors; a second derivative raises. Deterministic.
+
+    Args:
+        queries: The local anchors, [N, D]; row i's own positive is document ``row_offset + i``.
+        documents: The positives, [W, D], W >= row_offset + N; or a sequence of the positives and then one tensor for
+            each column of hard negatives, [W, D] (any number of rows where no option needs to know whose they are).
+        scale: Multiplies the similarities: the inverse temperature. A positive number, or a 0-d tensor (a learnable
+            one gets its gradient).
+        similarity: "cos" (normalises inside, the gradient flows through the norm) or "dot".
+        directions: Which candidates a row has; must contain "query_to_doc". See the module's docstring.
+        partition_mode: "joint", or "per_direction" (only for "query_to_doc" and "doc_to_query", the directions that
+            contain the positive).
+        hardness_mode: None, "in_batch_negatives", "hard_negatives" or "all_negatives": which documents get
+            ``hardness_strength * stop_gradient(similarity)`` added to their logit.
+        hardness_strength: Not negative.
+        weights: Weight of each row, [N]; the loss is the weighted mean. All-zero weights give NaN.
+        query_ids: int64, one for each query column, [N] or [W] with ``all_queries``. Equal ids mean equal texts.
+        document_ids: int64, [M] for all documents in the order given.
+        duplicates: What becomes of a column with the id of the row's own column: "keep" it as a negative (as stock
+            does), "mask" it, or count it as a further "positive" (the positive part is then the mean over the row's
+            positives; a duplicate of the row itself, in the directions without a positive, is masked).
+        guide_queries: A guide model's vectors of the queries, [N, G]: candidates that its cosine finds closer to the
+            row than the row's own positive (less a margin) are false negatives, and excluded. As in GISTEmbedLoss,
+            "doc_to_doc" then contrasts positives only, and the row itself is excluded by the guide or not at all.
+        guide_documents: The guide's vectors of the documents, in the structure of ``documents``.
+        margin_strategy: Threshold s - margin ("absolute") or s - |s| * margin ("relative"), for the own positive's
+            guide similarity s.
+        margin: See ``margin_strategy``.
+        all_queries: Every rank's queries, [W, D], when the columns are gathered; local queries otherwise.
+        row_offset: Position of the local rows among the gathered ones: rank * N.
+        backend: Name of the backend to use; None lets :func:`sbert_kernels.use_backend` or the library choose.
+
+    Returns:
+        The loss, a 0-d tensor; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, a device, a value or a combination of options cannot be served; the message names it.
+    """
+    problem = _validated(
+        queries=queries,
+        documents=documents,
+        scale=scale,
+        similarity=similarity,
+        directions=directions,
+        partition_mode=partition_mode,
+        hardness_mode=hardness_mode,
+        hardness_strength=hardness_strength,
+        weights=weights,
+        query_ids=query_ids,
+        document_ids=document_ids,
+        duplicates=duplicates,
+        guide_queries=guide_queries,
+        guide_documents=guide_documents,
+        margin_strategy=margin_strategy,
+        margin=margin,
+        all_queries=all_queries,
+        row_offset=row_offset,
+    )
+    chosen = backends.choose("contrastive", backend).backend
+    tensors = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return _Contrastive.apply(problem, chosen, *tensors)
+    return _run(problem, chosen, Needs()).loss
+
+
+def _validated(
+    *,
+    queries: Tensor,
+    documents: Tensor | Sequence[Tensor],
+    guide_documents: Tensor | Sequence[Tensor] | None,
+    directions: Sequence[str],
+    **options: Any,
+) -> ContrastiveProblem:
+    """The problem, or the error that says which argument cannot be served."""
+    _embedding("queries", queries)
+    columns = _columns("documents", documents)
+    for index, column in enumerate(columns):
+        _alike(f"documents[{index}]", column, "queries", queries)
+    n, world = len(queries), len(columns[0])
+
+    _one_of("similarity", options["similarity"], contract.SIMILARITIES)
+    directions = (directions,) if isinstance(directions, str) else tuple(directions)
+    for direction in directions:
+        _one_of("directions", direction, contract.DIRECTIONS)
+    if "query_to_doc" not in directions:
+        raise ValueError(f"directions must contain 'query_to_doc', which holds the positive pair; got {directions}.")
+    _one_of("partition_mode", options["partition_mode"], contract.PARTITION_MODES)
+    without_positive = [d for d in directions if d in ("query_to_query", "doc_to_doc")]
+    if options["partition_mode"] == "per_direction" and without_positive:
+        raise ValueError(
+            f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
+        )
+    _one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
+    if not 0 <= options["hardness_strength"] < math.inf:
+        raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
+    _one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
+    if not math.isfinite(options["margin"]):
+        raise ValueError(f"margin must be a finite number, got {options['margin']}.")
+    _scale(options["scale"])
+
+    offset = options["row_offset"]
+    if not isinstance(offset, int) or offset < 0 or offset + n > world:
+        raise ValueError(
+            f"row_offset={offset} does not fit: the {n} rows need positives row_offset .. row_offset + {n} - 1, and "
+            f"documents[0] has {world} rows."
+        )
+    aligned = options["hardness_mode"] is not None and options["hardness_strength"] > 0
+    if (aligned or "doc_to_doc" in directions) and any(len(column) != world for column in columns):
+        raise ValueError(
+            f"documents have {[len(c) for c in columns]} rows: 'doc_to_doc' and hardness weighting need as many "
+            "rows in each negatives column as there are positives, to know whose negatives they are."
+        )
+    guided = options["guide_queries"] is not None
+    all_queries = options["all_queries"]
+    if all_queries is not None:
+        _embedding("all_queries", all_queries)
+        _alike("all_queries", all_queries, "queries", queries)
+        if len(all_queries) != world:
+            raise ValueError(f"all_queries has {len(all_queries)} rows, expected {world}, as many as documents[0].")
+    elif world != n and not guided and ("query_to_query" in directions or "doc_to_query" in directions):
+        raise ValueError(
+            f"all_queries is required for directions {directions} when documents[0] has more rows ({world}) than "
+            f"queries ({n})."
+        )
+    _weights(options["weights"], queries)
+    _ids(options, directions, n if all_queries is None else world, sum(map(len, columns)), queries.device)
+    return ContrastiveProblem(
+        queries=queries,
+        documents=columns,
+        directions=directions,
+        guide_documents=_guide(options["guide_queries"], guide_documents, all_queries, queries, columns),
+        **options,
+    )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def _embedding(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
+    if not value.is_floating_point() or torch.finfo(value.dtype).bits < 16:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}.")
+    if value.dim() != 2 or 0 in value.shape:
+        raise ValueError(f"{name} must have shape [rows, dimension] and not be empty, got {list(value.shape)}.")
+
+
+def _columns(name: str, value: Any) -> tuple[Tensor, ...]:
+    columns = (value,) if isinstance(value, Tensor) else tuple(value)
+    if not columns:
+        raise ValueError(f"{name} is empty: expected the positives, then a tensor for each negatives column.")
+    for index, column in enumerate(columns):
+        _embedding(f"{name}[{index}]", column)
+    return columns
+
+
+def _alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    for attribute, got, wanted in (
+        ("dimension", value.shape[1], other.shape[1]),
+        ("dtype", value.dtype, other.dtype),
+        ("device", value.device, other.device),
+    ):
+        if got != wanted:
+            raise ValueError(f"{name} has {attribute} {got}, expected {wanted}, that of {other_name}.")
+
+
+def _scale(scale: Any) -> None:
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0 or not scale.is_floating_point():
+            raise ValueError(
+                f"scale must be a number or a 0-d floating-point tensor, got {list(scale.shape)} of {scale.dtype}."
+            )
+        # On a device the value is left unread: reading it would wait for everything before it.
+        if scale.device.type != "cpu":
+            return
+        scale = scale.item()
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive finite number, got {scale}.")
+
+
+def _weights(weights: Any, queries: Tensor) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"weights must be a floating-point tensor, got {getattr(weights, 'dtype', type(weights))}.")
+    if list(weights.shape) != [len(queries)] or weights.device != queries.device:
+        raise ValueError(
+            f"weights must have shape [{len(queries)}] on {queries.device}, got {list(weights.shape)} on "
+            f"{weights.device}."
+        )
+
+
+def _ids(
+    options: dict[str, Any], directions: tuple[str, ...], query_columns: int, documents: int, device: torch.device
+) -> None:
+    _one_of("duplicates", options["duplicates"], contract.DUPLICATES)
+    needed = {
+        "document_ids": True,
+        "query_ids": "query_to_query" in directions or "doc_to_query" in directions,
+    }
+    for name, rows in (("query_ids", query_columns), ("document_ids", documents)):
+        ids = options[name]
+        if ids is None:
+            if options["duplicates"] != "keep" and needed[name]:
+                raise ValueError(f"duplicates={options['duplicates']!r} needs {name}, an int64 tensor [{rows}].")
+        elif not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids))}.")
+        elif list(ids.shape) != [rows] or ids.device != device:
+            raise ValueError(f"{name} must have shape [{rows}] on {device}, got {list(ids.shape)} on {ids.device}.")
+
+
+def _guide(
+    guide_queries: Tensor | None,
+    guide_documents: Any,
+    all_queries: Tensor | None,
+    queries: Tensor,
+    columns: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    if (guide_queries is None) != (guide_documents is None):
+        given, missing = ("guide_queries", "guide_documents")[:: 1 if guide_documents is None else -1]
+        raise ValueError(f"{given} was given without {missing}: a guide needs both.")
+    if guide_queries is None:
+        return ()
+    if all_queries is not None:
+        raise ValueError("all_queries cannot be combined with guide_queries: a guide sees the local queries only.")
+    _embedding("guide_queries", guide_queries)
+    guides = _columns("guide_documents", guide_documents)
+    for name, guide, vectors in (
+        ("guide_queries", [guide_queries], [queries]),
+        ("guide_documents", guides, columns),
+    ):
+        if [len(x) for x in guide] != [len(x) for x in vectors]:
+            raise ValueError(f"{name} has {[len(x) for x in guide]} rows, expected {[len(x) for x in vectors]}.")
+    for index, guide in enumerate(guides):
+        _alike(f"guide_documents[{index}]", guide, "guide_queries", guide_queries)
+    if guide_queries.device != queries.device:
+        raise ValueError(f"guide_queries is on {guide_queries.device}, expected {queries.device}, that of queries.")
+    return guides

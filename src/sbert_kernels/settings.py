@@ -1,0 +1,99 @@
+"""Every environment variable of the library, and the context manager that overrides it for a block of code.
+
+Variables are read at each call, so a script can change its mind between two steps, and a test never has to re-import.
+An override (:func:`override`) wins over the environment and is local to the current thread or task.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+MIB = 1 << 20
+
+
+def _parse_flag(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError("1 or 0")
+
+
+def _parse_bytes(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise ValueError("a positive number of bytes")
+    return value
+
+
+def _parse_name(text: str) -> str | None:
+    return text.strip() or None
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One setting: its environment variable, what it means, and how its text is read."""
+
+    environment: str
+    default: Any
+    parse: Callable[[str], Any]
+    meaning: str
+
+
+VARIABLES: dict[str, Variable] = {
+    "disable": Variable(
+        "SBERT_KERNELS_DISABLE", False, _parse_flag, "1 makes every drop-in loss compute exactly as its stock class."
+    ),
+    "backend": Variable(
+        "SBERT_KERNELS_BACKEND", None, _parse_name, "Name of the backend to use; unset chooses one per call."
+    ),
+    "block_bytes": Variable(
+        "SBERT_KERNELS_BLOCK_BYTES",
+        64 * MIB,
+        _parse_bytes,
+        "Most bytes that the blockwise backend holds of the similarity matrix at a time (default 64 MiB).",
+    ),
+}
+
+_OVERRIDES: ContextVar[dict[str, Any] | None] = ContextVar("sbert_kernels_overrides", default=None)
+
+
+def get(name: str) -> Any:
+    """The value of a setting now: override, else environment, else default.
+
+    Raises:
+        ValueError: if the environment variable holds text that cannot be read.
+    """
+    overrides = _OVERRIDES.get()
+    if overrides and name in overrides:
+        return overrides[name]
+    variable = VARIABLES[name]
+    text = os.environ.get(variable.environment)
+    if text is None:
+        return variable.default
+    try:
+        return variable.parse(text)
+    except ValueError as wanted:
+        raise ValueError(f"{variable.environment}={text!r} cannot be read: expected {wanted}.") from None
+
+
+@contextmanager
+def override(**values: Any) -> Iterator[None]:
+    """Override settings by name (the keys of :data:`VARIABLES`) within a ``with`` block."""
+    unknown = set(values) - set(VARIABLES)
+    if unknown:
+        raise ValueError(f"unknown setting {sorted(unknown)}: expected some of {sorted(VARIABLES)}.")
+    token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), **values})
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
