@@ -81,7 +81,7 @@ def _term(
         if term.positive is not None and problem.duplicates == "positive":
             positive |= duplicate
         else:
-            excluded |= duplicate & ~own
+            excluded |= duplicate & ~_diagonals(similarity, (begin,))
 
     if problem.guided:
         guide = _guide_similarity(problem, term)

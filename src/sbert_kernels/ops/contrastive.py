@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from .. import backends
 from ..backends import problem as contract
@@ -49,7 +49,6 @@ class _Contrastive(torch.autograd.Function):
         return result.loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
@@ -59,8 +58,30 @@ class _Contrastive(torch.autograd.Function):
                 scaled.append(None)
             else:
                 dtype, device = destination
-                scaled.append((gradient * grad_output).to(dtype=dtype, device=device))
+                scaled.append(_only_once((gradient * grad_output).to(dtype=dtype, device=device)))
         return None, None, *scaled
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor, leaf: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "contrastive_loss is differentiable once; for a second derivative (a gradient penalty) use the stock loss."
+        )
+
+
+def _only_once(gradient: Tensor) -> Tensor:
+    """Under create_graph, a gradient through which a second backward pass raises.
+
+    Without a node of its own it would look like a constant, and a gradient penalty would silently do nothing.
+    """
+    if not torch.is_grad_enabled():
+        return gradient
+    return _NoSecondDerivative.apply(gradient, gradient.new_zeros((), requires_grad=True))
 
 
 def _run(problem: ContrastiveProblem, backend: backends.Backend, needs: Needs) -> contract.ContrastiveResult:

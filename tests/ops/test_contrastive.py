@@ -1,0 +1,337 @@
+"""contrastive_loss: its values, gradients and errors, whichever backend serves it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbert_kernels import contrastive_loss, use_backend
+
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
+@pytest.fixture(params=["blockwise", "reference"], autouse=True)
+def _backend(request: pytest.FixtureRequest):
+    with use_backend(request.param):
+        yield
+
+
+def batch(rows: int, dim: int, columns: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(rows + 31 * dim)
+    draw = [torch.randn(rows, dim, dtype=torch.float64, generator=generator) for _ in range(1 + columns)]
+    queries, *documents = (x.to(dtype).requires_grad_() for x in draw)
+    return queries, documents
+
+
+def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, tensors, retain_graph=True))
+
+
+def test_value_is_cross_entropy_of_cosines() -> None:
+    queries, (documents,) = batch(11, 5)
+    logits = 20 * F.normalize(queries) @ F.normalize(documents).T
+    expected = F.cross_entropy(logits, torch.arange(11))
+    torch.testing.assert_close(contrastive_loss(queries, documents), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"similarity": "dot", "scale": 1.5},
+        {"directions": ALL_DIRECTIONS, "hardness_mode": "in_batch_negatives", "hardness_strength": 2.0},
+        {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+        {"scale": 100.0, "hardness_mode": "all_negatives", "hardness_strength": 2.0},
+        {"duplicates": "positive", "document_ids": torch.tensor([1, 2, 1, 3, 2, 2, 9, 9])},
+        {"guide_queries": torch.eye(4)[:, :3] + 0.1, "guide_documents": [torch.ones(4, 3), torch.eye(4)[:, :3]]},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_gradients_pass_gradcheck(options: dict[str, Any]) -> None:
+    """Finite differences of queries, both document columns, scale and weights; stop-gradient penalties left out."""
+    queries, documents = batch(4, 3, columns=2)
+    options = dict(options)
+    scale = torch.tensor(options.pop("scale", 5.0), dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 0.5, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+
+    def loss(q: Tensor, a: Tensor, b: Tensor, s: Tensor, w: Tensor) -> Tensor:
+        return contrastive_loss(q, [a, b], scale=s, weights=w, **options)
+
+    if options.get("hardness_mode") is None:
+        assert torch.autograd.gradcheck(loss, (queries, *documents, scale, weights))
+    else:
+        # The penalty is a constant for the gradient, which finite differences of the loss cannot know: freeze it.
+        value = loss(queries, *documents, scale, weights)
+        frozen = frozen_penalty_loss(queries, documents, scale, weights, options)
+        torch.testing.assert_close(value, frozen)
+        for ours, exact in zip(
+            gradients(value, queries, *documents, scale), gradients(frozen, queries, *documents, scale), strict=True
+        ):
+            torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
+
+
+def frozen_penalty_loss(
+    queries: Tensor, documents: list[Tensor], scale: Tensor, weights: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """The definition with hardness penalties, for two document columns, written out."""
+    n = len(queries)
+    q, d = F.normalize(queries), F.normalize(torch.cat(documents))
+    own, eye = torch.eye(n, dtype=torch.bool).repeat(1, 2), torch.eye(n, dtype=torch.bool)
+    to_doc = q @ d.T
+    weighted = ~own
+    if options["hardness_mode"] == "all_negatives":
+        weighted[:, n:] = True
+    logits = [scale * to_doc + options["hardness_strength"] * to_doc.detach() * weighted]
+    if options.get("directions") == ALL_DIRECTIONS:
+        logits.append((scale * q @ q.T).masked_fill(eye, -torch.inf))
+        logits.append(scale * d[:n] @ q.T)
+        logits.append((scale * d[:n] @ d.T).masked_fill(own, -torch.inf))
+    losses = torch.logsumexp(torch.cat(logits, dim=1), dim=1) - logits[0].diagonal()
+    return (weights * losses).sum() / weights.sum()
+
+
+def test_gathered_columns_get_their_own_gradients() -> None:
+    """Local rows against world-wide columns: finite differences in queries, all_queries and documents."""
+    queries, (documents,) = batch(7, 3)
+    local = queries[2:5].detach().clone().requires_grad_()
+
+    def loss(q: Tensor, everyone: Tensor, d: Tensor) -> Tensor:
+        return contrastive_loss(q, d, scale=5.0, directions=ALL_DIRECTIONS, all_queries=everyone, row_offset=2)
+
+    assert torch.autograd.gradcheck(loss, (local, queries, documents))
+
+
+def test_ranks_average_to_the_single_process_loss() -> None:
+    queries, documents = batch(8, 4, columns=2)
+    whole = contrastive_loss(queries, documents, directions=ALL_DIRECTIONS)
+    parts = [
+        contrastive_loss(queries[o : o + 4], documents, directions=ALL_DIRECTIONS, all_queries=queries, row_offset=o)
+        for o in (0, 4)
+    ]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+    for ours, exact in zip(
+        gradients(sum(parts) / 2, queries, *documents), gradients(whole, queries, *documents), strict=True
+    ):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_two_backwards_are_equal_and_scale_with_grad_output() -> None:
+    queries, (documents,) = batch(6, 4, dtype=torch.float32)
+    loss = contrastive_loss(queries, documents)
+    (once,) = gradients(loss, queries)
+    (again,) = gradients(loss, queries)
+    (scaled,) = gradients(loss * 1024, queries)
+    assert torch.equal(once, again)
+    assert torch.equal(scaled, once * 1024)
+
+
+@pytest.mark.parametrize("factor_is_learnable", [False, True])
+def test_double_backward_raises(factor_is_learnable: bool) -> None:
+    queries, (documents,) = batch(6, 4)
+    factor = torch.tensor(2.0, requires_grad=factor_is_learnable)
+    loss = contrastive_loss(queries, documents) * factor
+    (gradient,) = torch.autograd.grad(loss, queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (gradient.square().sum() + loss).backward()
+
+
+def test_only_what_requires_grad_gets_one() -> None:
+    queries, documents = batch(6, 4, columns=2)
+    documents[0].requires_grad_(False)
+    contrastive_loss(queries, documents).backward()
+    assert queries.grad is not None
+    assert documents[0].grad is None
+    assert documents[1].grad is not None
+    with torch.no_grad():
+        assert not contrastive_loss(queries, documents).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
+def test_error_is_at_most_twice_that_of_eager_torch(dtype: torch.dtype, scale: float) -> None:
+    """Against fp64, on the inputs as rounded to the dtype; eager takes cosines as sentence-transformers does."""
+    queries, (documents,) = batch(64, 96, dtype=dtype)
+
+    def eager(q: Tensor, d: Tensor) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = scale * F.normalize(q.to(wide)) @ F.normalize(d.to(wide)).T
+        return F.cross_entropy(logits, torch.arange(len(q)))
+
+    exact_inputs = [x.detach().double().requires_grad_() for x in (queries, documents)]
+    exact_loss = eager(*exact_inputs)
+    exact = [exact_loss.detach(), *gradients(exact_loss, *exact_inputs)]
+    theirs, ours = eager(queries, documents), contrastive_loss(queries, documents, scale=scale)
+    assert ours.dtype == torch.float32
+    for reference, eager_value, value in zip(
+        exact,
+        [theirs.detach(), *gradients(theirs, queries, documents)],
+        [ours.detach(), *gradients(ours, queries, documents)],
+        strict=True,
+    ):
+        size, eps = reference.abs().max(), torch.finfo(value.dtype).eps
+        error = (value.double() - reference).abs().max() / size
+        eager_error = (eager_value.double() - reference).abs().max() / size
+        assert error <= max(2 * eager_error, 2 * eps)
+
+
+def test_gradient_of_a_well_trained_row_is_exact_in_bfloat16() -> None:
+    """At p = 0.999 the gradient is of the size of a bf16 rounding of p; it must still be right within 1%."""
+    dim, rows = 64, 32
+    documents = torch.eye(rows, dim)
+    queries = documents + 0.35 * torch.eye(rows, dim).roll(1, 0)
+    queries, documents = (x.bfloat16().requires_grad_() for x in (queries, documents))
+    exact = [x.detach().double().requires_grad_() for x in (queries, documents)]
+    logits = 12 * F.normalize(exact[0]) @ F.normalize(exact[1]).T
+    assert 0.998 < torch.softmax(logits, dim=1).diagonal().mean() < 0.9999
+    reference = gradients(F.cross_entropy(logits, torch.arange(rows)), *exact)
+    for ours, wanted in zip(
+        gradients(contrastive_loss(queries, documents, scale=12.0), queries, documents), reference, strict=True
+    ):
+        assert (ours.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 0.0])
+def test_a_bad_row_contaminates_what_eager_contaminates_and_nothing_else(poison: float) -> None:
+    queries, (documents,) = batch(6, 4, dtype=torch.float32)
+    with torch.no_grad():
+        queries[2] = poison
+    eager = F.cross_entropy(20 * F.normalize(queries) @ F.normalize(documents).T, torch.arange(6))
+    ours = contrastive_loss(queries, documents)
+    for value, expected in zip(gradients(ours, queries, documents), gradients(eager, queries, documents), strict=True):
+        torch.testing.assert_close(value, expected, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+def test_views_of_any_stride() -> None:
+    queries, (documents,) = batch(6, 8)
+    expected = contrastive_loss(queries, documents)
+    strided = torch.empty(8, 12, dtype=torch.float64).T[::2]
+    strided.copy_(queries.detach())
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(contrastive_loss(strided, documents), expected)
+    one = documents[:1].detach()
+    torch.testing.assert_close(
+        contrastive_loss(queries, one.expand(6, 8), similarity="dot"), torch.tensor(math.log(6), dtype=torch.float64)
+    )
+
+
+def test_loss_is_float32_under_autocast() -> None:
+    queries, (documents,) = batch(6, 8, dtype=torch.float32)
+    expected = contrastive_loss(queries, documents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = contrastive_loss(queries, documents)
+    assert torch.equal(inside, expected)
+
+
+def test_a_row_whose_candidates_are_all_masked_has_no_loss_and_no_gradient() -> None:
+    queries, (documents,) = batch(5, 4)
+    ids = torch.zeros(5, dtype=torch.int64)
+    loss = contrastive_loss(queries, documents, duplicates="mask", document_ids=ids)
+    assert loss.item() == 0
+    for gradient in gradients(loss, queries, documents):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_duplicates_of_the_positive() -> None:
+    """keep: a negative; mask: gone; positive: the mean over both, and both stay candidates."""
+    queries, (documents,) = batch(4, 5)
+    ids = torch.tensor([7, 8, 7, 9])
+    logits = 20 * F.normalize(queries) @ F.normalize(documents).T
+    twin = torch.tensor([2, 1, 0, 3])
+    masked = logits.clone()
+    masked[0, 2] = masked[2, 0] = -torch.inf
+    rows = torch.arange(4)
+    expected = {
+        "keep": F.cross_entropy(logits, rows),
+        "mask": F.cross_entropy(masked, rows),
+        "positive": (torch.logsumexp(logits, 1) - (logits[rows, rows] + logits[rows, twin]) / 2).mean(),
+    }
+    for duplicates, value in expected.items():
+        loss = contrastive_loss(queries, documents, duplicates=duplicates, document_ids=ids)
+        torch.testing.assert_close(loss, value)
+        torch.testing.assert_close(gradients(loss, queries), gradients(value, queries))
+
+
+def test_negatives_columns_of_different_lengths() -> None:
+    queries, (documents, negatives) = batch(6, 4, columns=2)
+    logits = 20 * F.normalize(queries) @ F.normalize(torch.cat([documents, negatives[:2]])).T
+    loss = contrastive_loss(queries, [documents, negatives[:2]])
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(6)))
+    with pytest.raises(ValueError, match=r"documents have \[6, 2\] rows: 'doc_to_doc'"):
+        contrastive_loss(queries, [documents, negatives[:2]], directions=("query_to_doc", "doc_to_doc"))
+
+
+ROWS, OTHER = torch.randn(4, 3), torch.randn(4, 5)
+BAD_INPUT = [
+    ({"queries": [[1.0]]}, TypeError, "queries must be a tensor, got list"),
+    ({"queries": ROWS[0]}, ValueError, r"queries must have shape \[rows, dimension\] and not be empty, got \[3\]"),
+    ({"queries": ROWS[:0]}, ValueError, r"queries must have shape \[rows, dimension\] and not be empty, got \[0, 3\]"),
+    ({"queries": ROWS.long()}, TypeError, "queries must be float64, float32, float16 or bfloat16, got torch.int64"),
+    ({"queries": ROWS.to_sparse()}, TypeError, "queries must be a dense tensor, got layout torch.sparse_coo"),
+    ({"documents": []}, ValueError, "documents is empty"),
+    ({"documents": OTHER}, ValueError, r"documents\[0\] has dimension 5, expected 3, that of queries"),
+    (
+        {"documents": [ROWS, ROWS.double()]},
+        ValueError,
+        r"documents\[1\] has dtype torch.float64, expected torch.float32",
+    ),
+    ({"documents": ROWS.to("meta")}, ValueError, r"documents\[0\] has device meta, expected cpu, that of queries"),
+    ({"documents": ROWS[:3]}, ValueError, "row_offset=0 does not fit: the 4 rows need positives"),
+    ({"row_offset": -1}, ValueError, "row_offset=-1 does not fit"),
+    ({"scale": math.nan}, ValueError, "scale must be a positive finite number, got nan"),
+    ({"scale": torch.tensor(0.0)}, ValueError, "scale must be a positive finite number, got 0.0"),
+    ({"scale": torch.ones(1)}, ValueError, r"scale must be a number or a 0-d floating-point tensor, got \[1\]"),
+    ({"similarity": "euclid"}, ValueError, r"similarity must be one of \['cos', 'dot'\], got 'euclid'"),
+    ({"directions": ("query_to_dog",)}, ValueError, "directions must be one of .* got 'query_to_dog'"),
+    ({"directions": ("doc_to_query",)}, ValueError, "directions must contain 'query_to_doc'"),
+    (
+        {"directions": ALL_DIRECTIONS, "partition_mode": "per_direction"},
+        ValueError,
+        r"partition_mode='per_direction' needs directions with the positive pair; \['query_to_query', 'doc_to_doc'\]",
+    ),
+    ({"partition_mode": "both"}, ValueError, "partition_mode must be one of"),
+    ({"hardness_mode": "hard"}, ValueError, "hardness_mode must be one of"),
+    ({"hardness_strength": -1.0}, ValueError, "hardness_strength must be a number >= 0, got -1.0"),
+    ({"weights": torch.ones(3)}, ValueError, r"weights must have shape \[4\] on cpu, got \[3\]"),
+    ({"weights": torch.ones(4).long()}, TypeError, "weights must be a floating-point tensor, got torch.int64"),
+    ({"duplicates": "drop"}, ValueError, "duplicates must be one of"),
+    ({"duplicates": "mask"}, ValueError, r"duplicates='mask' needs document_ids, an int64 tensor \[4\]"),
+    ({"document_ids": torch.arange(5)}, ValueError, r"document_ids must have shape \[4\] on cpu, got \[5\]"),
+    ({"document_ids": torch.arange(4).int()}, TypeError, "document_ids must be an int64 tensor, got torch.int32"),
+    ({"guide_queries": ROWS}, ValueError, "guide_queries was given without guide_documents"),
+    (
+        {"guide_queries": ROWS, "guide_documents": ROWS[:2]},
+        ValueError,
+        r"guide_documents has \[2\] rows, expected \[4\]",
+    ),
+    (
+        {"guide_queries": ROWS, "guide_documents": OTHER},
+        ValueError,
+        r"guide_documents\[0\] has dimension 5, expected 3, that of guide_queries",
+    ),
+    (
+        {"guide_queries": ROWS, "guide_documents": ROWS, "all_queries": ROWS},
+        ValueError,
+        "all_queries cannot be combined with guide_queries",
+    ),
+    ({"margin_strategy": "none"}, ValueError, "margin_strategy must be one of"),
+    ({"margin": math.nan}, ValueError, "margin must be a finite number, got nan"),
+    ({"all_queries": torch.randn(5, 3)}, ValueError, "all_queries has 5 rows, expected 4"),
+    (
+        {"documents": torch.randn(8, 3), "directions": ("query_to_doc", "doc_to_query")},
+        ValueError,
+        "all_queries is required for directions",
+    ),
+    ({"backend": "cuda11"}, ValueError, "backend='cuda11' is not a backend: expected one of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_INPUT, ids=[m[:40] for _, _, m in BAD_INPUT])
+def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"queries": ROWS, "documents": ROWS, **arguments}
+    with pytest.raises(error, match=message):
+        contrastive_loss(arguments.pop("queries"), arguments.pop("documents"), **arguments)
