@@ -1,0 +1,138 @@
+"""gather_across_devices: two gloo processes equal one process on the union of their batches, by few collectives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sentence_transformers.sentence_transformer import losses as stock
+from torch import Tensor, nn
+
+from sbert_kernels import losses
+
+WORLD, ROWS = 2, 5
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
+class Embedded(nn.Sequential):
+    def __init__(self, key: str) -> None:
+        super().__init__(nn.Identity())
+        self.key = key
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.key]}
+
+
+def union() -> list[dict[str, Tensor]]:
+    """Columns of all ranks' rows; the texts repeat across ranks."""
+    generator = torch.Generator().manual_seed(0)
+    rows = WORLD * ROWS
+    return [
+        {
+            "embedding": torch.randn(rows, 6, generator=generator, dtype=torch.float64),
+            "guide": torch.randn(rows, 4, generator=generator, dtype=torch.float64),
+            "input_ids": torch.randint(0, 4, (rows, 1), generator=generator),
+        }
+        for _ in range(3)
+    ]
+
+
+def gist(module: Any, gather: bool) -> nn.Module:
+    loss = module.GISTEmbedLoss.__new__(module.GISTEmbedLoss)
+    nn.Module.__init__(loss)
+    loss.model, loss.guide = Embedded("embedding"), Embedded("guide")
+    loss.temperature, loss.margin, loss.margin_strategy = 0.1, 0.1, "absolute"
+    loss.contrast_anchors, loss.contrast_positives, loss.must_retokenize = False, True, False
+    loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()
+    loss.gather_across_devices = gather
+    return loss
+
+
+def plain(module: Any, gather: bool, **options: Any) -> nn.Module:
+    return module.MultipleNegativesRankingLoss(
+        Embedded("embedding"), gather_across_devices=gather, directions=ALL_DIRECTIONS, **options
+    )
+
+
+def run(loss: nn.Module, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+    features = [{**column, "embedding": column["embedding"].clone().requires_grad_()} for column in columns]
+    value = loss(features, None)
+    value.backward()
+    return [value.detach(), *(column["embedding"].grad for column in features)]
+
+
+def cached(gather: bool, columns: list[dict[str, Tensor]], mini_batch_size: int) -> list[Tensor]:
+    loss = losses.CachedMultipleNegativesRankingLoss(
+        Embedded("embedding"), gather_across_devices=gather, directions=ALL_DIRECTIONS, mini_batch_size=mini_batch_size
+    )
+    reps = [[x.clone().requires_grad_() for x in column["embedding"].split(mini_batch_size)] for column in columns]
+    value = loss.calculate_loss(reps, with_backward=True)
+    return [value, *(torch.cat([part.grad for part in column]) for column in reps)]
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    mine = [{k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in column.items()} for column in union()]
+    counted: list[int] = []
+    original = torch.distributed.nn.all_gather
+    torch.distributed.nn.all_gather = lambda *a, **k: counted.append(1) or original(*a, **k)
+    results = {
+        "plain": run(plain(losses, True), mine),
+        "plain stock": run(plain(stock, True), mine),
+        "mask": run(plain(losses, True, duplicates="mask"), mine),
+        "gist": run(gist(losses, True), mine),
+        "gist stock": run(gist(stock, True), mine),
+    }
+    collectives = {}
+    for size in (1, 5):
+        counted.clear()
+        results[f"cached {size}"] = cached(True, mine, size)
+        collectives[size] = len(counted)
+    torch.save((results, collectives), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, list[Tensor]], dict[int, int]]]:
+    folder: Path = tmp_path_factory.mktemp("gloo")
+    # This file as a script: pytest imports it under a name that a new process cannot import.
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(WORLD)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def union_of(ranks: Any, name: str) -> list[Tensor]:
+    """Mean loss and, as data-parallel training averages them, gradients over the ranks."""
+    values, *gradients = zip(*(results[name] for results, _ in ranks), strict=True)
+    return [torch.stack(values).mean(), *(torch.cat(column) / WORLD for column in gradients)]
+
+
+@pytest.mark.parametrize("name", ["plain", "cached 1", "cached 5", "mask", "gist"])
+def test_two_ranks_equal_the_union(ranks: Any, close: Any, name: str) -> None:
+    losses_of = {"mask": lambda: plain(losses, False, duplicates="mask"), "gist": lambda: gist(stock, False)}
+    close(union_of(ranks, name), run(losses_of.get(name, lambda: plain(stock, False))(), union()))
+
+
+@pytest.mark.parametrize("name", ["plain", "gist"])
+def test_each_rank_equals_stock_on_that_rank(ranks: Any, close: Any, name: str) -> None:
+    for results, _ in ranks:
+        close(results[name], results[f"{name} stock"])
+
+
+def test_collectives_do_not_grow_with_the_number_of_mini_batches(ranks: Any) -> None:
+    for _, collectives in ranks:
+        assert collectives[1] == collectives[5] == 3
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,102 @@
+"""The stock Trainer, patched and not: the same loss curve, checkpoint and model card."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer import losses as namespace
+from torch import nn
+
+import sbert_kernels
+
+STEPS = 6
+RECIPES: dict[str, Callable[[Any], nn.Module]] = {
+    "mnr": lambda model: namespace.MultipleNegativesRankingLoss(model),
+    "cached": lambda model: namespace.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3),
+    "gist": lambda model: namespace.GISTEmbedLoss(model, model),
+    "matryoshka": lambda model: namespace.MatryoshkaLoss(
+        model, namespace.MultipleNegativesRankingLoss(model), [32, 16]
+    ),
+    "matryoshka-cached": lambda model: namespace.MatryoshkaLoss(
+        model, namespace.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3), [32, 16]
+    ),
+}
+
+
+def train(model: Any, loss: nn.Module, folder: Path, steps: int = STEPS) -> SentenceTransformerTrainer:
+    pairs = Dataset.from_dict(
+        {
+            "anchor": [f"question number {i} about {'cats' if i % 3 else 'dogs'}" for i in range(40)],
+            "positive": [f"answer number {i}, rather long" for i in range(40)],
+        }
+    )
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        max_steps=steps,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_steps=steps,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=loss)
+    trainer.train()
+    return trainer
+
+
+def card(folder: Path) -> str:
+    """The model card, less what is different in any two runs: the time it took."""
+    text = (folder / "README.md").read_text()
+    return re.sub(r"(?i).*(training time|\bseconds\b|minutes).*", "", text)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_patched_training_equals_stock(
+    bert: Callable[..., Any], tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves, cards, weights = [], [], []
+    for name, context in (("stock", contextlib.nullcontext), ("fused", sbert_kernels.patch)):
+        with context():
+            model = bert(torch.float32)
+            loss = RECIPES[recipe](model)
+            assert any(type(part) in map(_fused, namespace.__all__) for part in loss.modules()) == (name == "fused"), (
+                "patch() has to reach the loss"
+            )
+            folder = tmp_path / "run"
+            trainer = train(model, loss, folder)
+            checkpoint = folder / f"checkpoint-{STEPS}"
+            curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+            cards.append(card(checkpoint))
+            weights.append(model.state_dict())
+            folder.rename(tmp_path / name)
+    assert len(curves[0]) == STEPS
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert cards[0] == cards[1]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-2, atol=1e-4)
+
+
+def _fused(name: str) -> type | None:
+    return getattr(sbert_kernels.losses, name, None)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_learnable_scale_is_trained(bert: Callable[..., Any], tmp_path: Path, cached: bool) -> None:
+    model = bert(torch.float32)
+    scale = nn.Parameter(torch.tensor(10.0))
+    if cached:
+        loss = sbert_kernels.losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=3)
+    else:
+        loss = sbert_kernels.losses.MultipleNegativesRankingLoss(model, scale=scale)
+    train(model, loss, tmp_path, steps=3)
+    assert 0 < abs(loss.scale.item() - 10.0) < 0.1

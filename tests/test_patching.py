@@ -1,0 +1,136 @@
+"""patch() reaches every name that sentence-transformers binds, and unpatch() restores each exactly."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sentence_transformers.sentence_transformer import losses as stock
+from torch import nn
+
+import sbert_kernels
+from sbert_kernels import losses, patch, unpatch
+
+NAMES = losses.__all__
+STOCK = {name: getattr(stock, name) for name in NAMES}
+MODULES = {name: STOCK[name].__module__ for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """This module binds the stock classes itself, in a dict: no module-level names for patch() to warn about."""
+    yield
+    unpatch()
+
+
+def bound() -> dict[tuple[str, str], Any]:
+    """Every attribute of a sentence-transformers module that is named like one of the losses."""
+    return {
+        (module.__name__, name): vars(module)[name]
+        for module in list(sys.modules.values())
+        if isinstance(module, types.ModuleType) and module.__name__.startswith("sentence_transformers.")
+        for name in NAMES
+        if isinstance(vars(module).get(name), type)
+    }
+
+
+def test_every_binding_is_replaced_and_restored() -> None:
+    before = bound()
+    qualified = {name: getattr(losses, name).__module__ for name in NAMES}
+    replaced = patch().replaced
+    assert replaced == STOCK
+    for name in NAMES:
+        assert getattr(stock, name) is getattr(losses, name)
+        assert getattr(sys.modules[MODULES[name]], name) is getattr(losses, name)
+    cached = sys.modules[MODULES["CachedMultipleNegativesRankingLoss"]]
+    assert cached.MultipleNegativesRankingLoss is losses.MultipleNegativesRankingLoss
+    assert not set(STOCK.values()) & set(bound().values())
+    unpatch()
+    assert bound() == before
+    assert {name: getattr(losses, name).__module__ for name in NAMES} == qualified
+
+
+def test_other_classes_of_the_same_name_are_left_alone() -> None:
+    from sentence_transformers.cross_encoder import losses as cross_encoder
+
+    theirs = cross_encoder.MultipleNegativesRankingLoss
+    with patch():
+        assert cross_encoder.MultipleNegativesRankingLoss is theirs
+
+
+def test_the_deprecated_alias_is_patched() -> None:
+    with patch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from sentence_transformers import losses as alias
+        from sentence_transformers.losses import GISTEmbedLoss
+
+        assert alias.MultipleNegativesRankingLoss is losses.MultipleNegativesRankingLoss
+        assert GISTEmbedLoss is losses.GISTEmbedLoss
+
+
+def test_is_idempotent_and_nests() -> None:
+    with patch():
+        with patch() as inner:
+            assert inner.replaced == STOCK
+        assert stock.GISTEmbedLoss is losses.GISTEmbedLoss
+    assert stock.GISTEmbedLoss is STOCK["GISTEmbedLoss"]
+    unpatch()
+    assert stock.GISTEmbedLoss is STOCK["GISTEmbedLoss"]
+
+
+def test_warns_about_names_bound_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = types.ModuleType("my_training_script")
+    script.GISTEmbedLoss = STOCK["GISTEmbedLoss"]
+    monkeypatch.setitem(sys.modules, "my_training_script", script)
+    with pytest.warns(UserWarning, match=r"came after these imports, which stay stock: \['my_training_script.GIST"):
+        patch()
+
+
+def test_warns_about_a_missing_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(stock, "GISTEmbedLoss")
+    with pytest.warns(UserWarning, match=r"did not find these stock losses: \['GISTEmbedLoss'\]"):
+        replaced = patch().replaced
+    assert "GISTEmbedLoss" not in replaced
+    assert stock.CachedGISTEmbedLoss is losses.CachedGISTEmbedLoss
+
+
+def test_what_is_pickled_while_patched_loads_as_stock() -> None:
+    with patch():
+        data = pickle.dumps(stock.MultipleNegativesRankingLoss(nn.Identity(), scale=3.0))
+        assert type(pickle.loads(data)) is losses.MultipleNegativesRankingLoss
+    loaded = pickle.loads(data)
+    assert type(loaded) is STOCK["MultipleNegativesRankingLoss"]
+    assert loaded.scale == 3.0
+
+
+def test_losses_made_inside_sentence_transformers_are_fused(embedded: Callable[..., Any]) -> None:
+    with patch():
+        loss = stock.CachedMultipleNegativesRankingLoss(embedded())
+    assert type(loss) is losses.CachedMultipleNegativesRankingLoss
+    assert type(loss.loss) is losses.MultipleNegativesRankingLoss
+
+
+def test_before_anything_else_is_imported() -> None:
+    """The README's order, in a fresh interpreter, with the script's own import after it."""
+    code = (
+        "import sbert_kernels\n"
+        "sbert_kernels.patch()\n"
+        "from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as L\n"
+        "print(issubclass(L, sbert_kernels.losses.MultipleNegativesRankingLoss))\n"
+        "sbert_kernels.unpatch()\n"
+        "from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as S\n"
+        "print(S is L.__mro__[1])"
+    )
+    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "True"], run.stderr
+
+
+def test_public_names_are_the_functions() -> None:
+    assert sbert_kernels.patch is patch
+    assert callable(sbert_kernels.unpatch)
