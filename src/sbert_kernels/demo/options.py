@@ -1,0 +1,176 @@
+"""The demo's command line: every option once, with its default for each model.
+
+Cheap to import, since ``python -m sbert_kernels --help`` builds this parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class DemoError(Exception):
+    """Something that the user can mend; the demo prints it without a traceback."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What an option is when the command line does not name it, chosen so that the demo fits in three minutes on two
+    cores."""
+
+    batch_size: int
+    steps: int
+    compare_steps: int
+    lr: float
+    queries: int  # held-out pairs, whose summaries are the queries
+    distractors: int  # further held-out bodies in the corpus, without a query
+
+
+DEFAULTS = {
+    # The learning rate of ST's static-embedding recipe: only a few rows of the table get a gradient in each step.
+    "static": Defaults(batch_size=4096, steps=30, compare_steps=5, lr=2e-1, queries=1000, distractors=2000),
+    "minilm": Defaults(batch_size=128, steps=4, compare_steps=2, lr=1e-4, queries=250, distractors=250),
+}
+STATIC_DIM = 512
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run of the demo, with every default filled in."""
+
+    model: str
+    data: Path | None
+    columns: tuple[str, str] | None
+    dataset: str | None
+    batch_size: int
+    steps: int | None  # one of steps and epochs is None
+    epochs: float | None
+    compare_steps: int
+    dim: int | None  # None: as the model has it
+    lr: float
+    seed: int
+    output: Path
+    threads: int | None  # None: as torch chooses
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> Options:
+        values = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        defaults = DEFAULTS[args.model]
+        for name in ("batch_size", "compare_steps", "lr"):
+            if values[name] is None:
+                values[name] = getattr(defaults, name)
+        if values["steps"] is None and values["epochs"] is None:
+            values["steps"] = defaults.steps
+        if args.model == "static":
+            values["dim"] = args.dim or STATIC_DIM
+        elif args.dim is not None:
+            raise DemoError(f"argument --dim: got {args.dim} with --model {args.model}, but only static has a free one")
+        if values["columns"] and not (values["data"] or values["dataset"]):
+            raise DemoError(
+                f"argument --columns: got {','.join(args.columns)}, but neither --data nor --dataset is given"
+            )
+        return cls(**values)
+
+    def training_steps(self, pairs: int) -> int:
+        """``steps``, or ``epochs`` over so many pairs in full batches."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * (pairs // self.batch_size)))
+
+
+def _number(
+    kind: type[int] | type[float], at_least: float | None = None, above: float | None = None
+) -> Callable[[str], int | float]:
+    """An argparse type: a number of this kind within the bound; argparse puts the argument's name before the error."""
+    wanted = "a whole number" if kind is int else "a number"
+    if at_least is not None:
+        wanted += f" of at least {at_least}"
+    if above is not None:
+        wanted += f" above {above}"
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if (
+            value is None
+            or not abs(value) < float("inf")
+            or (at_least is not None and value < at_least)
+            or (above is not None and value <= above)
+        ):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+        return value
+
+    return parse
+
+
+def _two_columns(text: str) -> tuple[str, str]:
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted two different column names with a comma between them")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demo's options to ``parser``."""
+
+    def per_model(name: str) -> str:
+        return ", ".join(f"{model}: {getattr(defaults, name)}" for model, defaults in DEFAULTS.items())
+
+    parser.add_argument(
+        "--model",
+        choices=tuple(DEFAULTS),
+        default="static",
+        help="static: a StaticEmbedding model from fresh weights, with MultipleNegativesRankingLoss; minilm: "
+        "all-MiniLM-L6-v2, fine-tuned with CachedMultipleNegativesRankingLoss (default: %(default)s)",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="a .csv, .jsonl or .parquet file of text pairs (default: the docstrings of the installed packages)",
+    )
+    source.add_argument(
+        "--dataset", metavar="ID", help="a dataset of the Hugging Face hub, ID or ID:CONFIG; needs a network"
+    )
+    parser.add_argument(
+        "--columns",
+        type=_two_columns,
+        metavar="A,B",
+        help="the columns of --data or --dataset with the query and its text (default: the first two of text)",
+    )
+    parser.add_argument(
+        "--batch-size", type=_number(int, at_least=2), metavar="N", help=f"pairs a step ({per_model('batch_size')})"
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps", type=_number(int, at_least=1), metavar="N", help=f"training steps ({per_model('steps')})"
+    )
+    length.add_argument(
+        "--epochs", type=_number(float, above=0), metavar="X", help="passes over the data, in place of --steps"
+    )
+    parser.add_argument(
+        "--compare-steps",
+        type=_number(int, at_least=2),
+        metavar="N",
+        help=f"steps of the comparison with the stock loss; the first warms up ({per_model('compare_steps')})",
+    )
+    parser.add_argument(
+        "--dim", type=_number(int, at_least=1), metavar="D", help=f"embedding dimension of static ({STATIC_DIM})"
+    )
+    parser.add_argument("--lr", type=_number(float, above=0), metavar="X", help=f"learning rate ({per_model('lr')})")
+    parser.add_argument("--seed", type=_number(int, at_least=0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("sbert-kernels-demo"),
+        metavar="FOLDER",
+        help="where the model, results.json and results.png go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=_number(int, at_least=1), metavar="N", help="threads of torch (default: as it chooses)"
+    )

@@ -1,0 +1,253 @@
+"""What the demo found out: printed, and written down as results.json and results.png beside the trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sentence_transformers import SentenceTransformer
+
+from sbert_kernels.benchmarks.harness import machine, machine_line
+from sbert_kernels.demo.data import Pairs, Split
+from sbert_kernels.demo.options import Options
+from sbert_kernels.demo.training import Curve, Side, largest_difference
+
+MIB = 1 << 20
+WIDTH, INDENT = 100, 10  # of the lines on the terminal
+COLOURS = {
+    "stock": "#94a3b8",
+    "sbert-kernels": "#c2410c",
+    "training": "#1e293b",
+    "before": "#cbd5e1",
+    "after": "#c2410c",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that one run measured."""
+
+    options: Options
+    pairs: Pairs
+    split: Split
+    sides: dict[str, Side]
+    training: Curve
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: dict[str, float]  # of the parts of the run
+
+
+# --- on the terminal --------------------------------------------------------------------------------------------------
+
+
+def print_data(pairs: Pairs, split: Split) -> None:
+    """Say where the pairs came from, what was left out, and what they are used for."""
+    _print("Machine", machine_line())
+    _print("Data", f"{len(pairs.pairs):,} pairs from {pairs.source}")
+    if pairs.counts:
+        _print("", ", ".join(f"{package} {count:,}" for package, count in pairs.counts.items()))
+    _print("", "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in pairs.left_out.items()))
+    _print(
+        "",
+        f"{len(split.train):,} to train on; {len(split.queries):,} held-out queries, each to find its text among "
+        f"{len(split.queries) + len(split.distractors):,} held-out texts",
+    )
+
+
+def print_plan(options: Options, model: SentenceTransformer, steps: int) -> None:
+    """Say which model takes which steps."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    _print("Model", f"{options.model}: {model.get_embedding_dimension()} dimensions, {millions:.1f} M parameters")
+    _print(
+        "Plan",
+        f"{options.compare_steps} steps from the same seed with the stock loss and with ours, each in a process of its "
+        f"own; then {steps} steps of training with ours; {options.batch_size:,} pairs a step",
+    )
+
+
+def _print(label: str, text: str) -> None:
+    print(
+        textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=f"{label:<{INDENT}}",
+            subsequent_indent=" " * INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ),
+        flush=True,
+    )
+
+
+def print_results(results: Results) -> None:
+    """Print the comparison, what training brought, and where the time went."""
+    print(f"\n{'':<28}" + "".join(f"{name:>16}" for name in results.sides) + "   stock / ours")
+    sides = list(results.sides.values())
+    for label, show, value in (
+        ("step time, median", _step_time, _median),
+        ("peak memory of training", _peak_memory, lambda side: side.peak_extra_bytes),
+    ):
+        print(f"{label:<28}" + "".join(f"{show(side):>16}" for side in sides) + f"{_ratio(*map(value, sides)):>15}")
+    last = [f"{side.curve.losses[-1]:.6f}" if side.curve else side.error for side in sides]
+    print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in last))
+    if (difference := largest_difference(results.sides)) is not None:
+        print(f"{'largest loss difference':<28}{difference:>32.1e}")
+    print(f"\n{'held-out queries':<28}{'before':>16}{'after':>16}")
+    for metric, before in results.before.items():
+        print(f"{metric:<28}{before:>16.3f}{results.after[metric]:>16.3f}")
+    losses = results.training.losses
+    print(f"{'loss, first and last step':<28}{losses[0]:>16.3f}{losses[-1]:>16.3f}")
+    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in results.seconds.items())
+    print()
+    _print("Time", parts)
+
+
+def _median(side: Side) -> float | None:
+    return side.curve.median_step_seconds if side.curve else None
+
+
+def _step_time(side: Side) -> str:
+    return f"{side.curve.median_step_seconds:.3f} s" if side.curve else side.error
+
+
+def _peak_memory(side: Side) -> str:
+    if side.error:
+        return side.error
+    return "not known" if side.peak_extra_bytes is None else f"{side.peak_extra_bytes / MIB:,.0f} MiB"
+
+
+def _ratio(stock: float | None, ours: float | None) -> str:
+    return f"{stock / ours:.2f}x" if stock and ours else "-"
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def write(results: Results, model: SentenceTransformer) -> None:
+    """Write the model, results.json and results.png to the output folder, and say where."""
+    output = results.options.output
+    output.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(output / "model"))
+    (output / "results.json").write_text(json.dumps(as_json(results), indent=2, default=str) + "\n", encoding="utf-8")
+    figure = draw(results)
+    figure.savefig(output / "results.png", dpi=150)
+    _print("Written", f"{output / 'results.json'}, {output / 'results.png'}")
+    _print("", f"{output / 'model'}, which SentenceTransformer({str(output / 'model')!r}) loads")
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Everything in ``results`` but the texts themselves."""
+    pairs, split = results.pairs, results.split
+    return {
+        "machine": machine(),
+        "options": dataclasses.asdict(results.options),
+        "data": {
+            "source": pairs.source,
+            "pairs": len(pairs.pairs),
+            "pairs_by_package": pairs.counts,
+            "left_out": pairs.left_out,
+            "train": len(split.train),
+            "held_out_queries": len(split.queries),
+            "held_out_texts": len(split.queries) + len(split.distractors),
+        },
+        "comparison": {
+            "largest_loss_difference": largest_difference(results.sides),
+            **{
+                name: {**dataclasses.asdict(side), "median_step_seconds": _median(side)}
+                for name, side in results.sides.items()
+            },
+        },
+        "training": dataclasses.asdict(results.training),
+        "before": results.before,
+        "after": results.after,
+        "seconds": results.seconds,
+    }
+
+
+def draw(results: Results) -> Figure:
+    """Four panels: losses, retrieval before and after, step time, peak memory."""
+    options = results.options
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"sbert-kernels demo: {options.model}, batch size {options.batch_size:,}, {len(results.split.train):,} pairs",
+        fontsize=13,
+    )
+    (losses, retrieval), (times, memory) = figure.subplots(2, 2)
+    _draw_losses(losses, results)
+    _draw_retrieval(retrieval, results)
+    _draw_bars(
+        times,
+        "Step time: forward, backward, optimizer (median)",
+        "seconds",
+        {name: _median(side) for name, side in results.sides.items()},
+        {name: _step_time(side) for name, side in results.sides.items()},
+    )
+    _draw_bars(
+        memory,
+        "Peak memory of training, over what was loaded",
+        "MiB",
+        {name: side.peak_extra_bytes and side.peak_extra_bytes / MIB for name, side in results.sides.items()},
+        {name: _peak_memory(side) for name, side in results.sides.items()},
+    )
+    for axes in (losses, retrieval, times, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_losses(axes: Axes, results: Results) -> None:
+    curve = results.training.losses
+    axes.plot(range(1, len(curve) + 1), curve, color=COLOURS["training"], label="training with sbert-kernels")
+    # The stock curve is wide and light, so that ours shows on top of it where the two are equal.
+    styles = {"stock": {"linewidth": 6}, "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3}}
+    for name, side in results.sides.items():
+        if side.curve:
+            steps = range(1, len(side.curve.losses) + 1)
+            axes.plot(steps, side.curve.losses, color=COLOURS[name], label=f"comparison: {name}", **styles[name])
+    title = "Loss"
+    if (difference := largest_difference(results.sides)) is not None:
+        title += f" (stock and ours differ by at most {difference:.1e})"
+    axes.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+
+
+def _draw_retrieval(axes: Axes, results: Results) -> None:
+    width = 0.38
+    for offset, (name, scores) in zip(
+        (-width / 2, width / 2), (("before", results.before), ("after", results.after)), strict=True
+    ):
+        bars = axes.bar(
+            [i + offset for i in range(len(scores))],
+            list(scores.values()),
+            width,
+            color=COLOURS[name],
+            label=f"{name} training",
+        )
+        axes.bar_label(bars, fmt="%.3f", padding=2)
+    texts = len(results.split.queries) + len(results.split.distractors)
+    axes.set(
+        title=f"Held-out retrieval: {len(results.split.queries):,} queries, {texts:,} texts",
+        xticks=range(len(results.before)),
+        xticklabels=list(results.before),
+        ylim=(0, 1.1),
+    )
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _draw_bars(
+    axes: Axes, title: str, unit: str, values: Mapping[str, float | None], labels: Mapping[str, str]
+) -> None:
+    names = list(values)
+    bars = axes.bar(names, [values[name] or 0 for name in names], 0.5, color=[COLOURS[name] for name in names])
+    axes.bar_label(bars, labels=[labels[name] for name in names], padding=2)
+    axes.set(title=title, ylabel=unit)
+    axes.margins(y=0.15)

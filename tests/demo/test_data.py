@@ -1,0 +1,210 @@
+"""The demo's text pairs: docstrings of a made-up package, the split, and the user's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pandas
+import pytest
+
+from sbert_kernels.demo import data
+from sbert_kernels.demo.options import DemoError
+
+BODY = "It takes whatever it is given and says in {} how that was done, in more than forty characters."
+MODULE = f'''"""Summary of the module,
+on two lines.
+
+{BODY.format("the module")}
+"""
+
+def top(x):
+    """Summary of a function.
+
+    {BODY.format("a function")}
+
+    >>> top(1)
+    1
+    """
+
+    def inner():
+        """Summary of what is within.
+
+        {BODY.format("the inner one")}
+        """
+
+class Thing:
+    r"""Summary of some class.
+
+    {BODY.format("a class")}
+    """
+
+    async def method(self):
+        """Summary of a coroutine.
+
+        {BODY.format("a coroutine")}
+        """
+
+if True:
+    def guarded():
+        """Summary of a guarded one.
+
+        {BODY.format("a branch")}
+        """
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "made_up_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def pairs_of(*names: str) -> data.Pairs:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "LEAST_PAIRS", 1)
+        return data.docstring_pairs(names)
+
+
+def test_every_kind_of_docstring_is_found(package: Path):
+    found = dict(pairs_of("made_up_package").pairs)
+    assert set(found) == {
+        "Summary of the module, on two lines.",
+        "Summary of a function.",
+        "Summary of what is within.",
+        "Summary of some class.",
+        "Summary of a coroutine.",
+        "Summary of a guarded one.",
+    }
+    assert found["Summary of a function."] == BODY.format("a function")  # dedented, without its doctest
+
+
+def test_a_package_is_not_imported(package: Path):
+    (package / "__init__.py").write_text(MODULE + "\nraise RuntimeError('imported')\n")
+    assert len(pairs_of("made_up_package").pairs) == 6
+
+
+def test_what_is_left_out_is_counted(package: Path):
+    (package / "bad.py").write_text('"""A docstring."""\ndef (:\n')
+    (package / "copy.py").write_text(MODULE)
+    (package / "doctest.py").write_text('"""Summary of a page of doctests.\n\n>>> 1 + 1\n2\n\n>>> 2 + 2\n4\n"""\n')
+    (package / "tests").mkdir()
+    (package / "tests" / "test_it.py").write_text(MODULE.replace("Summary", "Test"))
+    found = pairs_of("made_up_package", "a_package_that_is_not_installed")
+    assert found.counts == {"made_up_package": 6}
+    assert found.left_out == {"files that do not parse": 1, "too short": 1, "duplicate": 6}
+
+
+def test_files_may_be_read_by_several_processes(package: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = sorted(package.glob("*.py")) * 4
+    alone = list(data._read_all(paths))
+    monkeypatch.setattr(data, "FILES_PER_WORKER", 2)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    assert data._read_all(paths) == alone
+
+
+def test_a_long_body_is_cut():
+    _, body = data.as_pair("A summary that is long enough.\n\n" + "word " * 1000)
+    assert len(body) == data.BODY_CHARACTERS[1]
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    ["", "Only a summary, though a long one.", "Short.\n\n" + BODY, "A summary that is long enough.\n\nNo."],
+)
+def test_docstrings_that_say_too_little(docstring: str):
+    assert data.as_pair(docstring) is None
+
+
+PAIRS = [(f"query {i}", f"text {i}") for i in range(200)]
+
+
+def test_the_split_is_disjoint_complete_and_deterministic():
+    split = data.split_pairs(PAIRS, seed=3, queries=10, distractors=20)
+    assert (len(split.train), len(split.queries), len(split.distractors)) == (170, 10, 20)
+    texts = [text for _, text in split.train + split.queries] + split.distractors
+    assert sorted(texts) == sorted(text for _, text in PAIRS)
+    assert split == data.split_pairs(PAIRS, seed=3, queries=10, distractors=20)
+    assert split != data.split_pairs(PAIRS, seed=4, queries=10, distractors=20)
+
+
+def test_the_split_of_few_pairs_leaves_most_to_train_on():
+    split = data.split_pairs(PAIRS, seed=0, queries=1000, distractors=1000)
+    assert (len(split.train), len(split.queries), len(split.distractors)) == (160, 20, 20)
+
+
+FRAME = pandas.DataFrame(
+    {"id": range(30), "question": [f"question {i}" for i in range(30)], "answer": [f"answer {i}" for i in range(30)]}
+)
+
+
+def write(frame: pandas.DataFrame, path: Path) -> Path:
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_files_of_pairs(tmp_path: Path, ending: str):
+    path = write(FRAME, tmp_path / f"pairs.{ending}")
+    found = data.file_pairs(path, None)
+    assert found.pairs == [(f"question {i}", f"answer {i}") for i in range(30)]
+    assert data.file_pairs(path, ("answer", "question")).pairs[0] == ("answer 0", "question 0")
+
+
+def test_empty_and_duplicate_rows_are_counted(tmp_path: Path):
+    extra = pandas.DataFrame({"id": [1, 2], "question": [None, "question 0"], "answer": ["an answer", "another"]})
+    found = data.file_pairs(write(pandas.concat([FRAME, extra]), tmp_path / "pairs.jsonl"), None)
+    assert len(found.pairs) == 30
+    assert found.left_out == {"empty": 1, "duplicate": 1}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("question", "reply"), r"--columns: there is no column 'reply' in pairs.csv, which has \['id', 'question'"),
+        (("id", "answer"), "--columns: column 'id' of pairs.csv does not hold text"),
+    ],
+)
+def test_columns_that_cannot_serve(tmp_path: Path, columns: tuple[str, str], message: str):
+    with pytest.raises(DemoError, match=message):
+        data.file_pairs(write(FRAME, tmp_path / "pairs.csv"), columns)
+
+
+def test_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load_dataset(*arguments: str | None, split: str) -> datasets.Dataset:
+        asked.append((*arguments, split))
+        if "missing" in arguments[0]:
+            raise ConnectionError("no network")
+        return datasets.Dataset.from_pandas(FRAME)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert data.hub_pairs("some/pairs:train-me", None).pairs == data.hub_pairs("some/pairs", None).pairs
+    assert asked == [("some/pairs", "train-me", "train"), ("some/pairs", None, "train")]
+    with pytest.raises(DemoError, match="--dataset: some/missing could not be loaded, which needs a network"):
+        data.hub_pairs("some/missing", None)
+
+
+def test_files_that_cannot_serve(tmp_path: Path):
+    with pytest.raises(DemoError, match="there is no file"):
+        data.file_pairs(tmp_path / "missing.csv", None)
+    with pytest.raises(DemoError, match=r"pairs\.txt, wanted a file that ends in one of \.csv, \.jsonl, \.parquet"):
+        data.file_pairs(tmp_path / "pairs.txt", None)
+    (tmp_path / "broken.parquet").write_text("not a table")
+    with pytest.raises(DemoError, match=r"cannot be read as \.parquet"):
+        data.file_pairs(tmp_path / "broken.parquet", None)
+    with pytest.raises(
+        DemoError, match=r"two columns of text in one\.csv, found \['question'\] of \['id', 'question'\]"
+    ):
+        data.file_pairs(write(FRAME[["id", "question"]], tmp_path / "one.csv"), None)
+    with pytest.raises(DemoError, match="at least 20 text pairs, found 5"):
+        data.file_pairs(write(FRAME[:5], tmp_path / "few.csv"), None)

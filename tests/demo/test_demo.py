@@ -1,0 +1,121 @@
+"""The demo's options, and one tiny run from end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sbert_kernels import demo
+from sbert_kernels.demo.options import DEFAULTS, STATIC_DIM, DemoError, Options
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("model", list(DEFAULTS))
+def test_defaults_follow_the_model(model: str):
+    options = Options.from_arguments(parse("--model", model))
+    defaults = DEFAULTS[model]
+    assert (options.batch_size, options.steps, options.lr) == (defaults.batch_size, defaults.steps, defaults.lr)
+    assert options.dim == (STATIC_DIM if model == "static" else None)
+
+
+def test_epochs_replace_steps():
+    options = Options.from_arguments(parse("--epochs", "2.5", "--batch-size", "10"))
+    assert options.steps is None
+    assert options.training_steps(109) == 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "1"], "argument --batch-size: got '1', wanted a whole number of at least 2"),
+        (["--compare-steps", "two"], "argument --compare-steps: got 'two', wanted a whole number of at least 2"),
+        (["--lr", "0"], "argument --lr: got '0', wanted a number above 0"),
+        (["--lr", "nan"], "argument --lr: got 'nan', wanted a number above 0"),
+        (["--epochs", "inf"], "argument --epochs: got 'inf', wanted a number above 0"),
+        (["--columns", "text"], "argument --columns: got 'text', wanted two different column names"),
+        (["--model", "large"], "argument --model: invalid choice: 'large'"),
+        (["--steps", "1", "--epochs", "1"], "argument --epochs: not allowed with argument --steps"),
+    ],
+)
+def test_a_bad_value_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(*arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "minilm", "--dim", "8"], "--dim: got 8 with --model minilm"),
+        (["--columns", "a,b"], "--columns: got a,b, but neither --data nor --dataset is given"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], message: str):
+    with pytest.raises(DemoError, match=message):
+        Options.from_arguments(parse(*arguments))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.csv"
+    rows = [f"what is the number {i},the number {i} comes after {i - 1}" for i in range(300)]
+    path.write_text("\n".join(["question,answer", *rows]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "500"], "--batch-size: got 500, wanted at most the 240 pairs that pairs.csv"),
+        (["--output", __file__], r"--output: .*test_demo\.py is a file, wanted a folder"),
+    ],
+)
+def test_mistakes_end_the_run_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], pairs: Path, arguments: list[str], message: str
+):
+    assert demo.run(parse("--data", str(pairs), *arguments)) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"error: argument {message}", error)
+    assert error.count("\n") == 1
+
+
+def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "NEEDED", ("tqdm", "a_package_that_is_not_installed"))
+    assert demo.run(parse()) == 2
+    message = 'the demo needs a_package_that_is_not_installed: pip install "sbert-kernels[demo]"'
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path):
+    sizes = ["--dim", "16", "--batch-size", "64", "--steps", "3", "--compare-steps", "2"]
+    output = tmp_path / "output"
+    assert demo.run(parse("--data", str(pairs), "--output", str(output), *sizes)) == 0
+
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("300 pairs from pairs.csv", "step time, median", "mrr@10", str(output)))
+
+    results = json.loads((output / "results.json").read_text())
+    stock, ours = results["comparison"]["stock"], results["comparison"]["sbert-kernels"]
+    assert len(stock["curve"]["losses"]) == len(ours["curve"]["losses"]) == 2
+    assert ours["curve"]["losses"] == pytest.approx(stock["curve"]["losses"], rel=1e-4)
+    assert results["comparison"]["largest_loss_difference"] < 1e-3
+    assert len(results["training"]["losses"]) == 3
+    assert results["training"]["losses"][-1] < results["training"]["losses"][0]
+    assert set(results["before"]) == set(results["after"]) == {"mrr@10", "recall@1", "recall@10"}
+
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(output / "model"), device="cpu")
+    assert model.encode(["what is the number 7"]).shape == (1, 16)
