@@ -35,9 +35,6 @@ from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
 
 # exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
 UNSHIFTED_LOGIT = 40.0
-# A block that fits the last-level cache is read back from there; one of fewer rows starves the dC product.
-CACHED_BLOCK_BYTES = 16 * settings.MIB
-MIN_BLOCK_ROWS = 256
 # Rows at a time in passes over the [., D] operands.
 OPERAND_ROWS = 4096
 
@@ -51,17 +48,17 @@ class _Operand:
     """A set of vectors: their values as the products use them, and the accumulator of their gradient."""
 
     def __init__(self, parts: tuple[Tensor, ...], problem: ContrastiveProblem, cosine: bool, need: bool) -> None:
-        self.norms: Tensor | None = None  # (rows, 1)
-        self.eps = problem.eps
+        self.norms: Tensor | None = None  # (rows, 1), at least eps
         dtype = torch.promote_types(parts[0].dtype, problem.dtype)
-        if not cosine and len(parts) == 1:
-            self.values = parts[0].detach().to(dtype).contiguous()  # (rows, D)
-        else:
-            self.values = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], dtype=dtype)
-            torch.cat([part.detach().to(dtype) for part in parts], out=self.values)
+        values = [part.detach().to(dtype) for part in parts]
+        self.values = values[0].contiguous() if len(values) == 1 else torch.cat(values)  # (rows, D)
         if cosine:
-            self.norms = torch.linalg.vector_norm(self.values, dim=1, keepdim=True)
-            self.values.div_(self.norms.clamp(min=self.eps))
+            norms = torch.linalg.vector_norm(self.values, dim=1, keepdim=True)
+            self.below_eps = norms < problem.eps  # (rows, 1)
+            self.norms = norms.clamp_(min=problem.eps)
+            # In place where the values are a copy already.
+            out = self.values if len(values) > 1 or values[0].dtype != parts[0].dtype else None
+            self.values = torch.div(self.values, self.norms, out=out)
         self.gradient = torch.zeros_like(self.values) if need else None  # (rows, D)
 
     def finish(self) -> Tensor | None:
@@ -70,10 +67,10 @@ class _Operand:
             return self.gradient
         for begin in range(0, len(self.values), OPERAND_ROWS):
             rows = slice(begin, begin + OPERAND_ROWS)
-            x, g, norm = self.values[rows], self.gradient[rows], self.norms[rows]
-            along = (g * x).sum(dim=1, keepdim=True)
-            # Below eps the divisor is a constant, so nothing flows through it (NaN norms must stay NaN).
-            g.addcmul_(x, along.masked_fill_(norm < self.eps, 0), value=-1).div_(norm.clamp(min=self.eps))
+            x, g = self.values[rows], self.gradient[rows]
+            # Below eps the divisor is a constant, and nothing flows through it.
+            along = (g * x).sum(dim=1, keepdim=True).masked_fill_(self.below_eps[rows], 0)
+            g.addcmul_(x, along, value=-1).div_(self.norms[rows])
         return self.gradient
 
 
@@ -165,8 +162,9 @@ class _Pass:
             row_bytes += max(term.columns for term in self.terms) * (element + 1)
         if self.problem.duplicates != "keep":
             row_bytes += sum(term.columns for term in self.terms)
-        budget = settings.get("block_bytes") // row_bytes
-        return max(1, min(n, budget, max(MIN_BLOCK_ROWS, CACHED_BLOCK_BYTES // row_bytes)))
+        # As many as the budget allows: a matrix product packs all its columns anew for each block of rows, which costs
+        # more than a block that fits the cache saves.
+        return max(1, min(n, settings.get("block_bytes") // row_bytes))
 
     def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
         """Losses of the rows in ``block``, (B,); adds their part of every gradient."""
