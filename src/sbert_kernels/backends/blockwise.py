@@ -35,6 +35,9 @@ from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
 
 # exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
 UNSHIFTED_LOGIT = 40.0
+# Larger blocks gain nothing, but a matrix product packs all its columns anew for each block, so one of few rows loses.
+BLOCK_BYTES = 32 * settings.MIB
+MIN_BLOCK_ROWS = 256
 # Rows at a time in passes over the [., D] operands.
 OPERAND_ROWS = 4096
 
@@ -162,9 +165,8 @@ class _Pass:
             row_bytes += max(term.columns for term in self.terms) * (element + 1)
         if self.problem.duplicates != "keep":
             row_bytes += sum(term.columns for term in self.terms)
-        # As many as the budget allows: a matrix product packs all its columns anew for each block of rows, which costs
-        # more than a block that fits the cache saves.
-        return max(1, min(n, settings.get("block_bytes") // row_bytes))
+        budget = settings.get("block_bytes") // row_bytes
+        return max(1, min(n, budget, max(MIN_BLOCK_ROWS, BLOCK_BYTES // row_bytes)))
 
     def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
         """Losses of the rows in ``block``, (B,); adds their part of every gradient."""

@@ -1,0 +1,339 @@
+"""Benchmark: forward and backward of the contrastive losses from embeddings, against the stock classes.
+
+It runs what users run: the real class, its real forward, loss.backward(). The model is a stub that returns embeddings
+which exist already, so that the loss alone is on the clock. Each case checks parity first and is not timed without it;
+then times stock, torch.compile(stock) and ours in one process, and the matrix products that the case can't do without;
+then reads the peak extra memory of stock and of ours, each in a process of its own.
+
+    python benchmarks/contrastive.py [--quick]     or     python -m sbert_kernels bench contrastive [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sbert_kernels.benchmarks import harness
+from torch import Tensor, nn
+from tqdm import tqdm
+
+STOCK = "sentence_transformers.sentence_transformer.losses"
+OURS = "sbert_kernels.losses"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUICK_BATCH = 256
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the report: a loss class (named alike in both libraries), its options and the size of its inputs."""
+
+    loss: str
+    batch: int
+    cuda_batch: int
+    dim: int = 384
+    negatives: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 20.0  # what the options make of it; the inputs are drawn for it
+    terms: int = 1
+    rounds: int = 1  # how many for each of --repeats: short calls need more samples
+    uncompiled: str | None = None  # why torch.compile is no peer here
+    timed: bool = True
+    memory: tuple[str, ...] = (STOCK, OURS)
+
+    @property
+    def guided(self) -> bool:
+        return "GIST" in self.loss
+
+    @property
+    def cached(self) -> bool:
+        return self.loss.startswith("Cached")
+
+
+MNR = "MultipleNegativesRankingLoss"
+FOUR_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+CASES = {
+    "mnr-large": Case(MNR, 8192, 32768),
+    "mnr-negatives": Case(MNR, 2048, 8192, dim=768, negatives=3),
+    "mnr-medium": Case(MNR, 512, 4096, rounds=4),
+    "mnr-small": Case(MNR, 64, 512, rounds=20),
+    "directions": Case(MNR, 4096, 16384, options={"directions": FOUR_DIRECTIONS}, terms=4),
+    "symmetric": Case(MNR, 4096, 16384, options=SYMMETRIC, terms=2),
+    "gist": Case("GISTEmbedLoss", 512, 2048, scale=100.0, terms=3),
+    "cached": Case(
+        f"Cached{MNR}",
+        8192,
+        32768,
+        options={"mini_batch_size": 64},
+        uncompiled="the loss stage runs a backward for each of its mini-batches, which torch.compile can't trace",
+    ),
+    "memory": Case(MNR, 16384, 65536, timed=False),
+    "memory-large": Case(MNR, 65536, 262144, timed=False, memory=(OURS,)),
+}
+LARGE = ("memory-large",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options to a parser."""
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"which cases: {', '.join(CASES)}")
+    parser.add_argument("--large", action="store_true", help=f"add {', '.join(LARGE)} (about a minute on two cores)")
+    parser.add_argument("--quick", action="store_true", help=f"batches of {QUICK_BATCH} at most, no compiled peer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
+    parser.add_argument("--threads", type=int, help="torch threads; default: as torch chooses")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each case (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("sbert-kernels-bench"), help="folder (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
+    names = args.cases or [name for name in CASES if name not in LARGE]
+    names += [name for name in LARGE if args.large and name not in names]
+    report = harness.Report(
+        f"Contrastive losses: forward + backward{', quick run' if args.quick else ''}",
+        "contrastive",
+        harness.machine() | {"dtype": str(dtype).removeprefix("torch.")},
+        harness.machine_line(dtype),
+        charts=(
+            harness.Chart(
+                "ms, median (times ours)", {"ours": "ours ms", "stock": "stock ms", "torch.compile": "compiled ms"}
+            ),
+            harness.Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "stock": "stock MiB"}),
+        ),
+    )
+    print(report.machine_line)
+    failed = []
+    with tqdm(names, file=sys.stderr) as progress:
+        for name in progress:
+            case = CASES[name]
+            if args.device == "cuda":
+                case = replace(case, batch=case.cuda_batch)
+            if args.quick:
+                case = replace(case, batch=min(case.batch, QUICK_BATCH), uncompiled=case.uncompiled or "quick run")
+            row = _run_case(name, case, dtype, args.device, args.repeats * case.rounds, progress.set_description)
+            if case.timed and "ours ms" not in row:
+                failed.append(name)
+            report.rows.append(row)
+    print(report.markdown())
+    paths = report.write(args.output)
+    print("\n".join(str(path) for path in paths))
+    if failed:
+        raise SystemExit(f"parity failed: {', '.join(failed)}")
+
+
+def _run_case(
+    name: str, case: Case, dtype: torch.dtype, device: str, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": f"{name} N={case.batch} D={case.dim}"}
+    notes = []
+    if case.timed:
+        say(f"{name}: parity")
+        error, stock_error, limit = _parity(case, dtype, device)
+        row["parity"] = error
+        if dtype != torch.float32:
+            row["stock's own error"] = stock_error
+        if not error <= limit:
+            return row | {"note": f"not timed: parity error {error:.2g}, wanted at most {limit:.2g}"}
+        say(f"{name}: time")
+        timings, why_not = _timings(case, dtype, device, repeats)
+        notes += [why_not] if why_not else []
+        for peer in ("stock", "compiled", "ours"):
+            timing = timings.get(peer, harness.Timing())
+            row[f"{peer} ms"] = timing.error or timing.median_s * 1e3
+            row[f"{peer} samples ms"] = [seconds * 1e3 for seconds in timing.samples]
+        ours = timings["ours"].median_s
+        for peer in ("stock", "compiled"):
+            row[f"{peer}/ours"] = timings.get(peer, harness.Timing()).median_s / ours
+        say(f"{name}: matrix products")
+        products = _product_seconds(case, dtype, device, repeats)
+        row |= {"products ms": products * 1e3, "ours/products": ours / products}
+    for library in case.memory:
+        peer = "ours" if library == OURS else "stock"
+        say(f"{name}: memory of {peer}")
+        result = harness.run_in_process(prepare, library, case, dtype, device)
+        row[f"{peer} MiB"] = result.error or _mib(result.peak_extra_bytes)
+        if not case.timed and not result.error:
+            notes.append(f"{peer} took {result.seconds:.2f} s, loss {result.value:.6f}")
+    row["gradients MiB"] = _mib((2 + case.negatives) * case.batch * case.dim * dtype.itemsize)
+    return row | {"note": "; ".join(notes)}
+
+
+def _mib(count: int | None) -> float | None:
+    return None if count is None else count / MIB
+
+
+# -- what is run ------------------------------------------------------------------------------------------------------
+
+
+class Embedded(nn.Sequential):
+    """A SentenceTransformer to the losses: its forward returns embeddings that exist already."""
+
+    max_seq_length = 512
+
+    def __init__(self, key: str, tokenizer: Any = None) -> None:
+        super().__init__(nn.Identity())  # the losses look at model[0]
+        self.key = key
+        self.tokenizer = tokenizer
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.key]}
+
+
+def make_loss(library: str, case: Case) -> nn.Module:
+    """The loss of the case out of a library (the name of a module), on a model that returns its inputs."""
+    loss_class = getattr(importlib.import_module(library), case.loss)
+    if not case.guided:
+        return loss_class(Embedded("embedding"), **case.options)
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    # GIST's constructor compares the tokenizers of model and guide; nothing is ever tokenized.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")))
+    return loss_class(Embedded("embedding", tokenizer), Embedded("guide", tokenizer), **case.options)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str) -> list[dict[str, Tensor]]:
+    """Columns (anchor, positive, *negatives) of embeddings [N, D], with positives as hard as in the middle of training.
+
+    Random columns of unit length have cosines of variance 1/D, hence logsumexp_j(scale * s_ij) is about
+    log(M) + scale^2 / (2 D); the positives get the noise that puts their logits there, for a loss near log 2.
+    The guide's positives are noisier, so that it excludes some negatives.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(case.batch, case.dim, device=device, generator=generator)
+
+    def columns(cosine: float) -> list[Tensor]:
+        anchor = draw()
+        noise = math.sqrt(cosine**-2 - 1)
+        return [x.to(dtype) for x in (anchor, anchor + noise * draw(), *(draw() for _ in range(case.negatives)))]
+
+    candidates = case.terms * (1 + case.negatives) * case.batch
+    cosine = min(0.9, math.log(candidates) / case.scale + case.scale / (2 * case.dim))
+    inputs = [{"embedding": embedding} for embedding in columns(cosine)]
+    if case.guided:
+        for column, guide in zip(inputs, columns(3 / math.sqrt(case.dim)), strict=True):
+            column["guide"] = guide
+    return inputs
+
+
+def make_step(
+    loss: nn.Module, case: Case, inputs: list[dict[str, Tensor]]
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A call that runs forward and backward and returns the detached loss, and the leaves whose `.grad` it fills."""
+    if case.cached:  # the loss stage of the gradient cache: leaves of one mini-batch each, backward inside
+        size = case.options["mini_batch_size"]
+        reps = [[x.clone().requires_grad_() for x in column["embedding"].split(size)] for column in inputs]
+        leaves = [leaf for column in reps for leaf in column]
+
+        def forward_backward() -> Tensor:
+            return loss.calculate_loss(reps, None, with_backward=True)
+    else:
+        features = [column | {"embedding": column["embedding"].clone().requires_grad_()} for column in inputs]
+        leaves = [column["embedding"] for column in features]
+
+        def forward_backward() -> Tensor:
+            value = loss(features, None)
+            value.backward()
+            return value.detach()
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        return forward_backward()
+
+    return step, leaves
+
+
+def prepare(library: str, case: Case, dtype: torch.dtype, device: str) -> Callable[[], float]:
+    """For `run_in_process`: imports, a warm-up on a tiny batch, the inputs; what it returns is metered."""
+    loss = make_loss(library, case)
+    tiny = replace(case, batch=64)
+    make_step(loss, tiny, make_inputs(tiny, dtype, device))[0]()
+    step, _ = make_step(loss, case, make_inputs(case, dtype, device))
+    return lambda: step().item()
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def _parity(case: Case, dtype: torch.dtype, device: str) -> tuple[float, float, float]:
+    """(error of ours, error of stock in this dtype, limit), against stock in float32 on the same rounded inputs.
+
+    An error is the largest, over the loss and the gradient of each column, of |x - reference| / |reference| in the
+    Euclidean norm: one wrong row in a batch of a million shows, one guide's exclusion on a knife's edge does not.
+    """
+    inputs = make_inputs(case, dtype, device)
+    exact = [{key: value.float() for key, value in column.items()} for column in inputs]
+    reference = _loss_and_gradients(STOCK, case, exact)
+    errors = {}
+    for library in (STOCK, OURS):
+        found = _loss_and_gradients(library, case, inputs)
+        relative = [(x - y).norm() / y.norm() for x, y in zip(found, reference, strict=True)]
+        errors[library] = torch.stack(relative).max().item()  # nan if any is
+    low_precision = dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium"
+    return errors[OURS], errors[STOCK], max(2e-2, errors[STOCK]) if low_precision else 1e-3
+
+
+def _loss_and_gradients(library: str, case: Case, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
+    step, leaves = make_step(make_loss(library, case), case, inputs)
+    value = step()
+    gradients = torch.cat([leaf.grad for leaf in leaves]).float().chunk(len(inputs))
+    return [value.float(), *gradients]
+
+
+def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple[dict[str, harness.Timing], str | None]:
+    """Seconds of stock, compiled and ours; and why there is no compiled peer, if there is none."""
+    inputs = make_inputs(case, dtype, device)
+    contenders = {"stock": make_step(make_loss(STOCK, case), case, inputs)[0]}
+    why_not = f"not compiled: {case.uncompiled}" if case.uncompiled else None
+    if not case.uncompiled:
+        torch.compiler.reset()  # or the shapes of an earlier case would make this one's dynamic
+        compiled = make_step(torch.compile(make_loss(STOCK, case)), case, inputs)[0]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # remarks of the compiler on stock's code
+                compiled()
+            contenders["compiled"] = compiled
+        except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, say
+            why_not = f"not compiled: {str(error).strip().splitlines()[0]}"
+    contenders["ours"] = make_step(make_loss(OURS, case), case, inputs)[0]
+    return harness.measure(contenders, repeats=repeats), why_not
+
+
+def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) -> float:
+    """Seconds of the matrix products of one step, as plain GEMMs: similarities, dR and dC for each term.
+
+    A guide adds one product a term: its own similarities.
+    """
+    rows, columns, dim = case.batch, case.batch * (1 + case.negatives), case.dim
+    similarities = harness.gemm_seconds(rows, columns, dim, dtype, repeats, device)  # [N, D] @ [D, M]
+    row_gradient = harness.gemm_seconds(rows, dim, columns, dtype, repeats, device)  # [N, M] @ [M, D]
+    column_gradient = harness.gemm_seconds(columns, dim, rows, dtype, repeats, device)  # [M, N] @ [N, D]
+    return case.terms * (similarities * (2 if case.guided else 1) + row_gradient + column_gradient)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_arguments(parser)
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
