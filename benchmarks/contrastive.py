@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sbert_kernels.benchmarks import harness
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from sbert_kernels.benchmarks import harness
 
 STOCK = "sentence_transformers.sentence_transformer.losses"
 OURS = "sbert_kernels.losses"

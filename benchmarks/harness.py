@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sbert_kernels.benchmarks.report import Chart, Report
 
 __all__ = [

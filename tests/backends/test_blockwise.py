@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sbert_kernels.benchmarks import harness
 
 from sbert_kernels import contrastive_loss
 from sbert_kernels import settings as library
+from sbert_kernels.benchmarks import harness
 
 DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer import losses as stock
+
 from sbert_kernels.benchmarks import contrastive
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 
 def run(*options: str) -> None:
@@ -37,7 +38,7 @@ def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_wrong_loss_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class WrongScale(MultipleNegativesRankingLoss):
+    class WrongScale(stock.MultipleNegativesRankingLoss):
         def forward(self, *args: object) -> torch.Tensor:
             return super().forward(*args) * 1.01
 

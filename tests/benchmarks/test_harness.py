@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sbert_kernels.benchmarks import harness
 
 MIB = 2**20

@@ -34,8 +34,9 @@ def test_equals_stock_and_the_plain_loss(
     close(
         ours,
         step(stock.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **options), features),
+        replayed=True,
     )
-    close(ours, step(losses.MultipleNegativesRankingLoss(model, **options), features))
+    close(ours, step(losses.MultipleNegativesRankingLoss(model, **options), features), replayed=True)
 
 
 def test_symmetric_equals_stock(
@@ -47,7 +48,7 @@ def test_symmetric_equals_stock(
         ours, (stock.CachedMultipleNegativesSymmetricRankingLoss, losses.CachedMultipleNegativesRankingLoss)
     )
     theirs = stock.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=3)
-    close(step(ours, texts(model)), step(theirs, texts(model)))
+    close(step(ours, texts(model)), step(theirs, texts(model)), replayed=True)
     assert ours.get_config_dict() == theirs.get_config_dict()
 
 
@@ -137,7 +138,7 @@ def test_two_forwards_then_two_backwards(
     values = [loss(first, None), loss(second, None)]
     for value in values:
         value.backward()
-    close([sum(values).detach(), *(p.grad for p in loss.parameters() if p.grad is not None)], expected)
+    close([sum(values).detach(), *(p.grad for p in loss.parameters() if p.grad is not None)], expected, replayed=True)
 
 
 class Scaled(nn.Module):
@@ -201,7 +202,7 @@ def test_matryoshka_around_it_gives_stock_s_result(
         )
         random.seed(1)
         results.append(step(stock.MatryoshkaLoss(model, inner, [32, 16, 8], [1, 2, 3], per_step), texts(model)))
-    close(*results)
+    close(*results, replayed=cached)
 
 
 def test_adaptive_layers_around_the_plain_loss_give_stock_s_result(
@@ -224,7 +225,7 @@ def test_duplicates_equal_the_plain_loss(
         step(losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3, **options), features),
         step(losses.MultipleNegativesRankingLoss(model, **options), features),
     ]
-    close(*results)
+    close(*results, replayed=True)
     kept = step(losses.MultipleNegativesRankingLoss(model, directions=ALL_DIRECTIONS), features)
     assert not torch.allclose(kept[0], results[0][0])
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sentence_transformers
 import torch
+from packaging.version import Version
 from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
@@ -136,6 +138,8 @@ def test_equals_stock_on_text_and_under_matryoshka(
     other_vocabulary: bool,
 ) -> None:
     """With a guide of the same tokenizer, and with one for which the texts must be tokenised again."""
+    if "Cached" in name and other_vocabulary and Version(sentence_transformers.__version__) < Version("6.2"):
+        pytest.skip("stock itself fails to tokenise again for the guide before 6.2")
     model, guide = bert(), bert()
     if other_vocabulary:
         guide.tokenizer.add_tokens(["soupspoon"])
@@ -151,7 +155,7 @@ def test_equals_stock_on_text_and_under_matryoshka(
         results.append(step(loss, texts(model, columns=3)))
         if "Cached" not in name:
             results[-1] += step(stock.MatryoshkaLoss(model, loss, [32, 8]), texts(model))
-    close(*results)
+    close(*results, replayed="Cached" in name)
     ours = getattr(losses, name)(model, guide)
     theirs = getattr(stock, name)(model, guide)
     assert isinstance(ours, type(theirs))
