@@ -283,6 +283,8 @@ BAD_INPUT = [
     ({"documents": ROWS[:3]}, ValueError, "row_offset=0 does not fit: the 4 rows need positives"),
     ({"row_offset": -1}, ValueError, "row_offset=-1 does not fit"),
     ({"scale": math.nan}, ValueError, "scale must be a positive finite number, got nan"),
+    ({"scale": "20"}, TypeError, "scale must be a number, got str"),
+    ({"margin": None}, TypeError, "margin must be a number, got NoneType"),
     ({"scale": torch.tensor(0.0)}, ValueError, "scale must be a positive finite number, got 0.0"),
     ({"scale": torch.ones(1)}, ValueError, r"scale must be a number or a 0-d floating-point tensor, got \[1\]"),
     ({"similarity": "euclid"}, ValueError, r"similarity must be one of \['cos', 'dot'\], got 'euclid'"),

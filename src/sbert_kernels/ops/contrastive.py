@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -209,15 +210,15 @@ def _validated(
             f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
         )
     _one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
-    if not 0 <= options["hardness_strength"] < math.inf:
+    if not 0 <= _number("hardness_strength", options["hardness_strength"]) < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
     _one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
-    if not math.isfinite(options["margin"]):
+    if not math.isfinite(_number("margin", options["margin"])):
         raise ValueError(f"margin must be a finite number, got {options['margin']}.")
     _scale(options["scale"])
 
     offset = options["row_offset"]
-    if not isinstance(offset, int) or offset < 0 or offset + n > world:
+    if not isinstance(offset, Integral) or offset < 0 or offset + n > world:
         raise ValueError(
             f"row_offset={offset} does not fit: the {n} rows need positives row_offset .. row_offset + {n} - 1, and "
             f"documents[0] has {world} rows."
@@ -254,6 +255,12 @@ def _validated(
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def _number(name: str, value: Any) -> Real:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    return value
 
 
 def _embedding(name: str, value: Any) -> None:
@@ -296,7 +303,7 @@ def _scale(scale: Any) -> None:
         if scale.device.type != "cpu":
             return
         scale = scale.item()
-    if not 0 < scale < math.inf:
+    if not 0 < _number("scale", scale) < math.inf:
         raise ValueError(f"scale must be a positive finite number, got {scale}.")
 
 
