@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
@@ -84,12 +85,39 @@ def test_is_idempotent_and_nests() -> None:
     assert stock.GISTEmbedLoss is STOCK["GISTEmbedLoss"]
 
 
-def test_warns_about_names_bound_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warns_about_what_was_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, under whatever name, and subclasses."""
+    script = types.ModuleType("my_training_script")
+    script.Loss = STOCK["GISTEmbedLoss"]
+    monkeypatch.setitem(sys.modules, "my_training_script", script)
+
+    class Mine(STOCK["CachedGISTEmbedLoss"]):
+        pass
+
+    with pytest.warns(UserWarning, match="which stay stock: .*my_training_script.Loss") as warned:
+        patch()
+    assert Mine.__qualname__ in str(warned[0].message)
+    del Mine
+    gc.collect()  # or every later test would be warned about it
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     script = types.ModuleType("my_training_script")
     script.GISTEmbedLoss = STOCK["GISTEmbedLoss"]
     monkeypatch.setitem(sys.modules, "my_training_script", script)
-    with pytest.warns(UserWarning, match=r"came after these imports, which stay stock: \['my_training_script.GIST"):
-        patch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="my_training_script"):
+            patch()
+    assert stock.GISTEmbedLoss is STOCK["GISTEmbedLoss"]
+
+
+def test_unpatch_leaves_alone_what_was_rebound_since() -> None:
+    patch()
+    stock.GISTEmbedLoss = "mine"
+    unpatch()
+    left, stock.GISTEmbedLoss = stock.GISTEmbedLoss, STOCK["GISTEmbedLoss"]
+    assert left == "mine"
 
 
 def test_warns_about_a_missing_class(monkeypatch: pytest.MonkeyPatch) -> None:

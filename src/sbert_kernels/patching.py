@@ -31,8 +31,8 @@ class Patch(AbstractContextManager["Patch"]):
         return f"Patch({', '.join(self.replaced)})"
 
 
-# (object, attribute, value before) of every rebinding in force, in the order made; and what the Patch reports.
-_undo: list[tuple[Any, str, Any]] = []
+# (object, attribute, value before, value set) of every rebinding in force, in the order made; what the Patch reports.
+_undo: list[tuple[Any, str, Any, Any]] = []
 _replaced: dict[str, type] = {}
 
 
@@ -42,8 +42,8 @@ def patch() -> Patch:
     The names are rebound in every module of sentence-transformers that holds them: the package, the defining
     submodule, and modules that imported them. While patched, the drop-ins also carry the stock classes' import path,
     so that model cards and pickles come out as with stock, and a pickled loss loads where this package is not
-    installed. Idempotent. Call it before the script's own ``from sentence_transformers... import SomeLoss``: names
-    bound earlier stay stock, which is warned about.
+    installed. Idempotent. Call it before the script's own ``from sentence_transformers... import SomeLoss``: names and
+    subclasses made earlier stay stock, which is warned about. Losses built earlier stay stock, too.
 
     Returns:
         The :class:`Patch`, whose ``replaced`` maps each name to the stock class that was replaced.
@@ -52,34 +52,52 @@ def patch() -> Patch:
         return Patch(dict(_replaced), owner=False)
     import_module(STOCK_LOSSES)
     losses = import_module(".losses", __package__)
-    missing, early = [], []
+    fused_of: dict[type, type] = {}
+    missing = []
     for name in losses.__all__:
         fused = getattr(losses, name)
         stock = _stock_base(fused, name)
         if stock is None or getattr(sys.modules[STOCK_LOSSES], name, None) is not stock:
             missing.append(name)
-            continue
-        _replaced[name] = stock
-        for module in _modules_holding(name, stock):
-            if _is_within(module, "sentence_transformers"):
-                _rebind(module, name, fused)
-            elif not _is_within(module, __package__):
-                early.append(f"{module.__name__}.{name}")
-        _rebind(fused, "__module__", stock.__module__)
+        else:
+            fused_of[stock] = fused
+    ours, early = [], []
+    for module, attribute, stock in _bindings(fused_of):
+        if _is_within(module.__name__, "sentence_transformers"):
+            ours.append((module, attribute, stock))
+        elif not _is_within(module.__name__, __package__):
+            early.append(f"{module.__name__}.{attribute}")
+    for stock in fused_of:
+        early += [
+            f"{cls.__module__}.{cls.__qualname__}"
+            for cls in stock.__subclasses__()
+            if not any(_is_within(cls.__module__, package) for package in ("sentence_transformers", __package__))
+        ]
+    # Before anything is changed: a warning may be an error.
     if missing:
         warnings.warn(f"sbert_kernels.patch() did not find these stock losses: {missing}.", stacklevel=2)
     if early:
         warnings.warn(
-            f"sbert_kernels.patch() came after these imports, which stay stock: {early}. Call it first.", stacklevel=2
+            f"sbert_kernels.patch() came after these were made, which stay stock: {sorted(set(early))}. Call it first.",
+            stacklevel=2,
         )
+    for module, attribute, stock in ours:
+        _rebind(module, attribute, fused_of[stock])
+    for stock, fused in fused_of.items():
+        _rebind(fused, "__module__", stock.__module__)
+        _replaced[fused.__name__] = stock
     return Patch(dict(_replaced), owner=True)
 
 
 def unpatch() -> None:
-    """Undo :func:`patch` exactly. Losses built while patched stay what they are. Does nothing when not patched."""
+    """Undo :func:`patch`. Losses built while patched stay what they are. Does nothing when not patched.
+
+    A name that something else has rebound in the meantime is left alone.
+    """
     while _undo:
-        target, attribute, value = _undo.pop()
-        setattr(target, attribute, value)
+        target, attribute, before, now = _undo.pop()
+        if getattr(target, attribute, None) is now:
+            setattr(target, attribute, before)
     _replaced.clear()
 
 
@@ -88,17 +106,21 @@ def _stock_base(fused: type, name: str) -> type | None:
     return next((base for base in fused.__mro__[1:] if base.__name__ == name), None)
 
 
-def _modules_holding(name: str, value: Any) -> Iterator[ModuleType]:
+def _bindings(classes: dict[type, type]) -> Iterator[tuple[ModuleType, str, type]]:
+    """(module, attribute, class) wherever an imported module holds one of the classes, under whatever name."""
     for module in list(sys.modules.values()):
-        # Through __dict__: getattr would wake modules that load lazily.
-        if isinstance(module, ModuleType) and vars(module).get(name) is value:
-            yield module
+        if isinstance(module, ModuleType):
+            # Through __dict__: getattr would wake modules that load lazily.
+            for attribute, value in list(vars(module).items()):
+                # Not isinstance: some objects compute their __class__, and warn about it.
+                if issubclass(type(value), type) and value in classes:
+                    yield module, attribute, value
 
 
-def _is_within(module: ModuleType, package: str) -> bool:
-    return module.__name__ == package or module.__name__.startswith(package + ".")
+def _is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
 
 
 def _rebind(target: Any, attribute: str, value: Any) -> None:
-    _undo.append((target, attribute, getattr(target, attribute)))
+    _undo.append((target, attribute, getattr(target, attribute), value))
     setattr(target, attribute, value)

@@ -60,7 +60,7 @@ VARIABLES: dict[str, Variable] = {
         "SBERT_KERNELS_BLOCK_BYTES",
         64 * MIB,
         _parse_bytes,
-        "Most bytes that the blockwise backend holds of the similarity matrix at a time (default 64 MiB).",
+        "Most bytes that the blockwise backend holds of the similarity matrices at a time (64 MiB; it aims at 32).",
     ),
 }
 

@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     partition = draw(st.sampled_from(["joint", "per_direction"]))
     extra = draw(st.sets(st.sampled_from(DIRECTIONS if partition == "joint" else DIRECTIONS[1:2])))
     everyone = vectors(world) if gathered and not guided else None
-    scale = draw(st.sampled_from([0.5, 20.0, 150.0]))
+    scale = draw(st.sampled_from([0.5, 19.9, 40.1, 150.0]))
     problem = {
         "queries": vectors(n),
         "documents": [vectors(world) for _ in range(columns)],
@@ -91,6 +91,21 @@ def test_tiny_losses_keep_their_digits() -> None:
     (gradient,) = torch.autograd.grad(loss, queries)
     assert loss.item() == pytest.approx(math.exp(-30), rel=1e-4)
     assert gradient[0, 1].item() == pytest.approx(15 * math.exp(-30), rel=1e-4)
+
+
+def test_copies_of_the_positive_tie_with_it_whatever_the_product_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a guide's product does on TF32 tensor cores. All texts are equal here: none may be excluded."""
+    n, product = 64, torch.mm
+    generator = torch.Generator().manual_seed(0)
+    queries, guide_queries = (torch.randn(n, 24, generator=generator) for _ in range(2))
+    text, guide_text = (torch.randn(1, 24, generator=generator).expand(n, 24) for _ in range(2))
+
+    def rounded(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        return product(a.bfloat16().float(), b.bfloat16().float(), **options)
+
+    monkeypatch.setattr(torch, "mm", rounded)
+    loss = contrastive_loss(queries, text, guide_queries=guide_queries, guide_documents=guide_text)
+    assert loss.item() == pytest.approx(math.log(n), rel=1e-2)
 
 
 def test_block_size_does_not_change_the_result() -> None:

@@ -72,6 +72,42 @@ def test_loss_stage_alone_leaves_gradients_on_every_mini_batch(embedded: Any, cl
     close(*results)
 
 
+def test_loss_stage_reaches_what_stock_reaches(embedded: Any, close: Callable[..., None]) -> None:
+    """A mini-batch without a gradient is skipped; one that is no leaf passes its gradient on."""
+    results = []
+    for module in (stock, losses):
+        loss = module.CachedMultipleNegativesRankingLoss(embedded(), mini_batch_size=32)
+        reps = leaves(3)
+        reps[1][0].requires_grad_(False)
+        source = reps[0][1]
+        reps[0][1] = source * 2
+        loss.calculate_loss(reps, with_backward=True)
+        assert reps[1][0].grad is None
+        results.append([source.grad, reps[0][0].grad, reps[2][0].grad])
+    close(*results)
+
+
+def test_a_replaced_inner_loss_is_computed_by_stock(
+    embedded: Any, close: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    results = []
+    for module in (stock, losses):
+        loss = module.CachedMultipleNegativesRankingLoss(embedded(), mini_batch_size=3)
+        loss.loss = stock.MultipleNegativesRankingLoss(embedded(), scale=3.0)
+        results.append([loss.calculate_loss(leaves(), with_backward=True)])
+        loss.get_config_dict()
+    close(*results)
+    assert "its inner loss was replaced" in caplog.text
+
+
+def test_a_learnable_scale_needs_the_fused_loss_stage(embedded: Any) -> None:
+    """Stock's would ignore whatever multiplies the loss."""
+    scale = nn.Parameter(torch.tensor(3.0))
+    loss = losses.CachedMultipleNegativesRankingLoss(embedded(), scale, lambda a, b: -torch.cdist(a, b))
+    with pytest.raises(ValueError, match="cannot combine scale='learnable' with a stock computation"):
+        loss.calculate_loss(leaves(), with_backward=True)
+
+
 def test_hyperparameters_live_on_the_inner_loss(embedded: Any) -> None:
     loss = losses.CachedMultipleNegativesRankingLoss(embedded(), duplicates="mask")
     assert isinstance(loss.loss, losses.MultipleNegativesRankingLoss)

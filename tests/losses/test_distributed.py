@@ -89,6 +89,15 @@ def worker(rank: int, folder: str) -> None:
         "gist": run(gist(losses, True), mine),
         "gist stock": run(gist(stock, True), mine),
     }
+    for name, gather in (("scale gathered", True), ("scale alone", False)):
+        loss = plain(losses, gather, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
+        run(loss, mine)
+        results[name] = [loss.scale.grad]
+    scale = nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
+    loss = losses.CachedMultipleNegativesRankingLoss(Embedded("embedding"), scale, gather_across_devices=True)
+    value = loss.calculate_loss([[column["embedding"].clone().requires_grad_()] for column in mine], with_backward=True)
+    value.backward()
+    results["scale cached"] = [scale.grad]
     collectives = {}
     for size in (1, 5):
         counted.clear()
@@ -127,6 +136,18 @@ def test_two_ranks_equal_the_union(ranks: Any, close: Any, name: str) -> None:
 def test_each_rank_equals_stock_on_that_rank(ranks: Any, close: Any, name: str) -> None:
     for results, _ in ranks:
         close(results[name], results[f"{name} stock"])
+
+
+@pytest.mark.parametrize("name", ["scale gathered", "scale alone", "scale cached"])
+def test_a_learnable_scale_gets_the_same_gradient_on_every_rank(ranks: Any, name: str) -> None:
+    """The loss is not in the data-parallel wrapper, which averages the gradients of the model alone."""
+    first, second = (results[name][0] for results, _ in ranks)
+    assert torch.equal(first, second)
+    assert first != 0
+    if name == "scale gathered":
+        loss = plain(losses, False, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
+        run(loss, union())
+        torch.testing.assert_close(first, loss.scale.grad)
 
 
 def test_collectives_do_not_grow_with_the_number_of_mini_batches(ranks: Any) -> None:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -144,6 +145,26 @@ def test_other_names_of_cosine_and_dot_are_fused(
     assert not caplog.records
 
 
+def test_a_model_s_own_similarity_is_computed_by_stock(
+    embedded: Any, bert: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not every method of that name is sentence-transformers' own."""
+
+    class Distance(type(bert())):
+        def similarity(self, a: Tensor, b: Tensor) -> Tensor:
+            return -torch.cdist(a, b)
+
+    model = bert()
+    model.__class__ = Distance
+    options = {"similarity_fct": model.similarity, "scale": 1.0}
+    ours, theirs = (
+        loss_and_gradients(module.MultipleNegativesRankingLoss(embedded(), **options), embeddings())
+        for module in (losses, stock)
+    )
+    assert all(map(torch.equal, ours, theirs))
+    assert "is computed by sentence-transformers" in caplog.text
+
+
 def manhattan(a: Tensor, b: Tensor) -> Tensor:
     return -torch.cdist(a, b, p=1)
 
@@ -207,6 +228,32 @@ def test_learnable_scale(embedded: Any) -> None:
     torch.testing.assert_close(scale.grad, gradient * 65536 / 4)
 
 
+@pytest.mark.parametrize("scale", [torch.full((1,), 9.0), torch.tensor(9), nn.Parameter(torch.full((1,), 9.0))])
+def test_scale_tensors_that_stock_takes(embedded: Any, close: Callable[..., None], scale: Tensor) -> None:
+    expected = loss_and_gradients(stock.MultipleNegativesRankingLoss(embedded(), scale=9.0), embeddings())
+    close(loss_and_gradients(losses.MultipleNegativesRankingLoss(embedded(), scale=scale), embeddings()), expected)
+    if scale.requires_grad:
+        assert scale.grad.shape == (1,)
+
+
+def test_threads_share_a_loss(bert: Callable[..., Any]) -> None:
+    """Each forward pass knows its own texts."""
+    model = bert()
+    loss = losses.MultipleNegativesRankingLoss(model, duplicates="mask")
+    batches = [
+        [model.preprocess(["a", "b", "c"]), model.preprocess(texts)]
+        for texts in (["x", "x", "y"], ["x", "y", "z"], ["z", "z", "z"])
+    ]
+
+    def value(features: Any) -> float:
+        with torch.no_grad():
+            return loss([dict(column) for column in features], None).item()
+
+    expected = [value(features) for features in batches]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(value, batches * 10)) == pytest.approx(expected * 10)
+
+
 def test_duplicates_of_the_positive_s_text(bert: Callable[..., Any]) -> None:
     """Equal texts in a batch, against the dense formula; whatever the tokenizer pads them to."""
     model = bert()
@@ -226,6 +273,16 @@ def test_duplicates_of_the_positive_s_text(bert: Callable[..., Any]) -> None:
     for duplicates, value in expected.items():
         loss = losses.MultipleNegativesRankingLoss(model, duplicates=duplicates)
         torch.testing.assert_close(loss([dict(column) for column in features], None), value)
+
+
+def test_disable_needs_no_texts(
+    embedded: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SBERT_KERNELS_DISABLE", "1")
+    masked = loss_and_gradients(losses.MultipleNegativesRankingLoss(embedded(), duplicates="mask"), embeddings())
+    plain = loss_and_gradients(stock.MultipleNegativesRankingLoss(embedded()), embeddings())
+    assert all(map(torch.equal, masked, plain))
+    assert "stock does not honour duplicates='mask'" in caplog.text
 
 
 def test_duplicates_need_the_texts(embedded: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -130,14 +131,56 @@ def test_two_backwards_are_equal_and_scale_with_grad_output() -> None:
     assert torch.equal(scaled, once * 1024)
 
 
-@pytest.mark.parametrize("factor_is_learnable", [False, True])
-def test_double_backward_raises(factor_is_learnable: bool) -> None:
+@pytest.mark.parametrize("how", ["backward", "backward to inputs", "grad", "hvp"])
+def test_a_second_derivative_raises(how: str) -> None:
+    """However it is asked for; it must never look like a zero."""
     queries, (documents,) = batch(6, 4)
-    factor = torch.tensor(2.0, requires_grad=factor_is_learnable)
-    loss = contrastive_loss(queries, documents) * factor
+    parameter = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    loss = contrastive_loss(queries * parameter, documents)
     (gradient,) = torch.autograd.grad(loss, queries, create_graph=True)
+    penalised = loss + gradient.square().sum()
+    ways = {
+        "backward": lambda: penalised.backward(),
+        "backward to inputs": lambda: penalised.backward(inputs=[parameter]),
+        "grad": lambda: torch.autograd.grad(penalised, parameter),
+        "hvp": lambda: torch.autograd.functional.hvp(
+            lambda q: contrastive_loss(q, documents), queries.detach(), torch.ones_like(queries)
+        ),
+    }
     with pytest.raises(RuntimeError, match="differentiable once"):
-        (gradient.square().sum() + loss).backward()
+        ways[how]()
+
+
+def test_create_graph_alone_changes_nothing() -> None:
+    queries, (documents,) = batch(6, 4)
+    loss = contrastive_loss(queries, documents)
+    (expected,) = gradients(loss, queries)
+    (gradient,) = torch.autograd.grad(loss, queries, create_graph=True)
+    assert torch.equal(gradient.detach(), expected)
+
+
+def test_a_forward_mode_derivative_raises() -> None:
+    queries, (documents,) = (batch(6, 4)[0].detach(), [batch(6, 4)[1][0].detach()])
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: contrastive_loss(q, documents), (queries,), (torch.ones_like(queries),))
+
+
+def test_embeddings_are_not_kept_alive() -> None:
+    queries, (documents,) = batch(6, 4)
+    embeddings = queries * 2
+    kept = weakref.ref(embeddings)
+    loss = contrastive_loss(embeddings, documents)
+    del embeddings
+    assert kept() is None
+    loss.backward()
+    assert queries.grad is not None
+
+
+def test_a_compiled_caller_gets_the_same_gradients() -> None:
+    queries, (documents,) = batch(8, 4, dtype=torch.float32)
+    expected = gradients(contrastive_loss(queries * 2, documents), queries, documents)
+    compiled = torch.compile(lambda q, d: contrastive_loss(q * 2, d), backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled(queries, documents), queries, documents), expected)
 
 
 def test_only_what_requires_grad_gets_one() -> None:
@@ -256,6 +299,18 @@ def test_duplicates_of_the_positive() -> None:
         torch.testing.assert_close(gradients(loss, queries), gradients(value, queries))
 
 
+def test_half_and_single_precision_columns_mix() -> None:
+    """As the columns of a router under autocast do: each is widened, and gets its gradient in its own dtype."""
+    queries, (documents, negatives) = batch(6, 4, columns=2, dtype=torch.float32)
+    half = negatives.detach().bfloat16().requires_grad_()
+    loss = contrastive_loss(queries, [documents, half])
+    wide = half.detach().float().requires_grad_()
+    expected = contrastive_loss(queries, [documents, wide])
+    assert torch.equal(loss, expected)
+    (gradient,), (wanted,) = gradients(loss, half), gradients(expected, wide)
+    assert torch.equal(gradient, wanted.bfloat16())
+
+
 def test_negatives_columns_of_different_lengths() -> None:
     queries, (documents, negatives) = batch(6, 4, columns=2)
     logits = 20 * F.normalize(queries) @ F.normalize(torch.cat([documents, negatives[:2]])).T
@@ -273,6 +328,7 @@ BAD_INPUT = [
     ({"queries": ROWS.long()}, TypeError, "queries must be float64, float32, float16 or bfloat16, got torch.int64"),
     ({"queries": ROWS.to_sparse()}, TypeError, "queries must be a dense tensor, got layout torch.sparse_coo"),
     ({"documents": []}, ValueError, "documents is empty"),
+    ({"documents": None}, TypeError, "documents must be a tensor or a sequence of tensors, got NoneType"),
     ({"documents": OTHER}, ValueError, r"documents\[0\] has dimension 5, expected 3, that of queries"),
     (
         {"documents": [ROWS, ROWS.double()]},

@@ -36,7 +36,7 @@ from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
 # exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
 UNSHIFTED_LOGIT = 40.0
 # Larger blocks gain nothing, but a matrix product packs all its columns anew for each block, so one of few rows loses.
-BLOCK_BYTES = 32 * settings.MIB
+TARGET_BLOCK_BYTES = 32 * settings.MIB
 MIN_BLOCK_ROWS = 256
 # Rows at a time in passes over the [., D] operands.
 OPERAND_ROWS = 4096
@@ -109,7 +109,8 @@ class _Pass:
             )
         self.scale = problem.scale
         if isinstance(self.scale, Tensor):
-            self.scale = self.scale.detach().to(device=problem.queries.device, dtype=problem.dtype)
+            # A 0-d tensor on the CPU mixes with tensors of any device, and moving it there would wait for the device.
+            self.scale = self.scale.detach().to(problem.dtype)
         self.bounded = self._logit_bound() <= UNSHIFTED_LOGIT
         self.grad = any(needs)
 
@@ -160,23 +161,19 @@ class _Pass:
 
     def _block_rows(self, n: int) -> int:
         element = self.queries.values.element_size()
-        row_bytes = sum(term.columns for term in self.terms) * element
-        if self.guides:
-            row_bytes += max(term.columns for term in self.terms) * (element + 1)
-        if self.problem.duplicates != "keep":
-            row_bytes += sum(term.columns for term in self.terms)
+        every, widest = (combine(term.columns for term in self.terms) for combine in (sum, max))
+        row_bytes = every * element
+        if self.guides:  # similarities of one term, and what they exclude
+            row_bytes += widest * (element + 1)
+        if self.problem.duplicates != "keep":  # a mask for each term, and what one mask selects
+            row_bytes += every + widest * element
         budget = settings.get("block_bytes") // row_bytes
-        return max(1, min(n, budget, max(MIN_BLOCK_ROWS, BLOCK_BYTES // row_bytes)))
+        return max(1, min(n, budget, max(MIN_BLOCK_ROWS, TARGET_BLOCK_BYTES // row_bytes)))
 
     def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
         """Losses of the rows in ``block``, (B,); adds their part of every gradient."""
         own = slice(block.start + self.problem.row_offset, block.stop + self.problem.row_offset)
-        threshold = None
-        if self.guides:
-            guide_queries, guide_documents = self.guides
-            own_guide = (guide_queries.values[block] * guide_documents.values[own]).sum(dim=1)
-            threshold = self.problem.guide_threshold(own_guide)
-        logits = {term: self._logits(term, block, own, buffers[term], guide_buffer, threshold) for term in self.terms}
+        logits = {term: self._logits(term, block, own, buffers[term], guide_buffer) for term in self.terms}
         losses = torch.zeros_like(share)
         for group in self.groups:
             parts = [logits[term] for term in group]
@@ -198,7 +195,6 @@ class _Pass:
         own: slice,
         buffer: Tensor,
         guide_buffer: Tensor | None,
-        threshold: Tensor | None,
     ) -> _Block:
         """z of one term, with -inf where the softmax must not look: exclusions, and the own positive."""
         problem = self.problem
@@ -239,9 +235,12 @@ class _Pass:
                 if result.duplicates is not None:
                     mended = torch.where(_diagonal(result.duplicates, start, block), entries, mended)
                 entries.copy_(mended)
-        if threshold is not None:
+        if guide_buffer is not None:
             guide = self._guide(term, block, own, guide_buffer)
-            excluded = guide > threshold[:, None]
+            if term.direction == "query_to_doc":  # always the first term
+                # Out of the product itself: a copy of the positive ties with it, whatever the product rounds to.
+                self.threshold = problem.guide_threshold(_diagonal(guide, term.positive, block).clone())
+            excluded = guide > self.threshold[:, None]
             if result.duplicates is not None:
                 excluded &= ~result.duplicates
             z.masked_fill_(excluded, -torch.inf)

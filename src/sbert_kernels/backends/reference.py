@@ -18,7 +18,9 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     def leaf(tensor: Tensor | float | None, wanted: bool) -> Tensor | None:
         if tensor is None:
             return None
-        return torch.as_tensor(tensor).detach().to(problem.dtype).requires_grad_(wanted)
+        if not isinstance(tensor, Tensor):
+            return torch.tensor(tensor, dtype=problem.dtype, device=problem.queries.device)
+        return tensor.detach().to(problem.dtype).requires_grad_(wanted)
 
     leaves = {
         "queries": leaf(problem.queries, needs.queries),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from sentence_transformers import util
+from sentence_transformers import SentenceTransformer, util
 from torch import Tensor, nn
 
 from .. import settings
@@ -25,9 +25,9 @@ def log_once(message: str) -> None:
 
 def similarity_of(similarity_fct: Any) -> str | None:
     """The operation's name for a similarity function of sentence-transformers, or None for any other."""
-    # `model.similarity` is a bound method that dispatches on the model's similarity_fn_name.
-    model = getattr(similarity_fct, "__self__", None)
-    if getattr(similarity_fct, "__name__", None) == "similarity" and hasattr(model, "similarity_fn_name"):
+    if getattr(similarity_fct, "__func__", None) is SentenceTransformer.similarity:
+        # `model.similarity` dispatches on the model's similarity_fn_name, which is filled in when it is read.
+        model = similarity_fct.__self__
         similarity_fct = util.SimilarityFunction.to_similarity_fn(model.similarity_fn_name)
     if similarity_fct in (util.cos_sim, util.pytorch_cos_sim):
         return "cos"
@@ -41,22 +41,22 @@ def unsupported_embeddings(embeddings: Sequence[Tensor]) -> str | None:
     return None
 
 
-def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any]) -> bool:
+def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any] | None = None) -> bool:
     """Whether the fused operation computes this call of ``loss``.
 
     Args:
         loss: The drop-in.
         unsupported: Which of its options only the stock computation serves, if any.
-        new_options: Options that stock does not have, by name, where they are set.
+        new_options: Options that stock does not honour, by name, where they are set.
 
     Raises:
         ValueError: ``unsupported``, but a new option or a backend was asked for that stock cannot honour.
     """
     name = type(loss).__name__
-    options = ", ".join(f"{key}={value!r}" for key, value in new_options.items())
+    options = ", ".join(f"{key}={value!r}" for key, value in (new_options or {}).items())
     if settings.get("disable"):
         if options:
-            log_once(f"{name}: SBERT_KERNELS_DISABLE is set, so {options}, which stock does not have, has no effect.")
+            log_once(f"{name}: SBERT_KERNELS_DISABLE is set, and stock does not honour {options}.")
         return False
     if unsupported is None:
         return True

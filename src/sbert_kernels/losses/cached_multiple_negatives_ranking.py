@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 from typing_extensions import deprecated
 
-from ._cached import backward_to_leaves, with_scale_gradient
-from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_duplicates, plain_scale
+from ._scale import backward_to_reps, learnable, plain_scale, with_scale_gradient
+from ._serving import serves
+from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_duplicates
 
 
 class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLoss):
@@ -81,19 +83,25 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
         detached from all of them. It still carries the gradient of a learnable scale, so that whatever multiplies the
         loss later (a weight, a gradient scaler) reaches the scale as well.
         """
-        columns = [torch.cat(column) for column in reps]
-        if len(columns) < 2 or not self.loss.serves(columns):
+        if len(reps) < 2 or not self._serves([part for column in reps for part in column]):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
-        loss = self.loss.compute_loss(columns, labels, stock)
-        return backward_to_leaves(loss, reps, self.scale) if with_backward else loss
+        loss = self.loss.compute_loss([torch.cat(column) for column in reps], labels, stock)
+        return backward_to_reps(loss, reps, self.scale) if with_backward else loss
+
+    def _serves(self, reps: list[Tensor]) -> bool:
+        if not isinstance(self.loss, MultipleNegativesRankingLoss):
+            return serves(self, "its inner loss was replaced")
+        # Stock accumulates the gradient of a learnable scale in the forward pass, whatever multiplies the loss later.
+        return self.loss.serves(reps, {"scale": "learnable"} if learnable(self.scale) else None)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         sentence_features = list(sentence_features)
-        with self.loss.ids_of(sentence_features):
+        fused = isinstance(self.loss, MultipleNegativesRankingLoss)
+        with self.loss.ids_of(sentence_features) if fused else nullcontext():
             return with_scale_gradient(self, self.scale, super().forward, sentence_features, labels)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return plain_scale(super().get_config_dict()) | self.loss._new_options()
+        return plain_scale(super().get_config_dict()) | getattr(self.loss, "new_options", dict)()
 
 
 with warnings.catch_warnings():

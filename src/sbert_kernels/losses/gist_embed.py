@@ -13,6 +13,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from ..ops.contrastive import contrastive_loss
+from ._scale import as_scale, plain_scale
 from ._serving import serves
 
 
@@ -21,12 +22,12 @@ class GISTEmbedLoss(stock.GISTEmbedLoss):
 
     Stock broadcasts every pair of vectors into an N x N x D tensor; here the model's and the guide's similarities of a
     block of rows are two matrix products. A changed ``cross_entropy_loss``, ``similarity_fct`` or ``sim_matrix`` is
-    computed by stock, which is logged once.
+    computed by stock, which is logged once. The ``temperature`` may be a 0-d ``torch.nn.Parameter``.
     """
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         sentence_features = list(sentence_features)
-        if not serves(self, changed_computation(self, stock.GISTEmbedLoss), {}):
+        if not serves(self, changed_computation(self, stock.GISTEmbedLoss)):
             return super().forward(sentence_features, labels)
         # The guide gets copies: it writes its outputs into its features, and wrappers reuse the model's.
         guide_features = [dict(features) for features in sentence_features]
@@ -38,6 +39,9 @@ class GISTEmbedLoss(stock.GISTEmbedLoss):
         if len(embeddings) not in (2, 3):
             raise ValueError(f"Expected 2 or 3 embeddings, got {len(embeddings)}")
         return guided_loss(self, embeddings, guide_embeddings, stock)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return plain_scale(super().get_config_dict())
 
     def _retokenized(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The features of the same texts for the guide's tokenizer."""
@@ -62,6 +66,9 @@ def guided_loss(loss: Any, embeddings: Sequence[Tensor], guide_embeddings: Seque
         documents = [namespace.all_gather_with_grad(column) for column in documents]
         guide_documents = [namespace.all_gather_with_grad(column) for column in guide_documents]
         offset = namespace.get_rank() * len(anchors)
+    temperature = as_scale(loss.temperature)
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}.")
     directions = ["query_to_doc"]
     if loss.contrast_anchors:
         directions.append("query_to_query")
@@ -70,7 +77,7 @@ def guided_loss(loss: Any, embeddings: Sequence[Tensor], guide_embeddings: Seque
     return contrastive_loss(
         anchors,
         documents,
-        scale=1.0 / loss.temperature,
+        scale=1.0 / temperature,
         directions=directions,
         guide_queries=guide_anchors,
         guide_documents=guide_documents,

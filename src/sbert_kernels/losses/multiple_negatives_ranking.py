@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,10 +18,15 @@ from sentence_transformers.util import all_gather, cos_sim
 from torch import Tensor
 from typing_extensions import deprecated
 
+from .. import settings
 from ..backends.problem import DUPLICATES
 from ..ops.contrastive import contrastive_loss
 from ._row_ids import row_ids
+from ._scale import as_scale, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
+
+# (loss, ids of each column's rows) of the forward pass that runs in this thread.
+_TEXTS: ContextVar[tuple[Any, list[Tensor]] | None] = ContextVar("sbert_kernels_texts", default=None)
 
 
 def check_duplicates(duplicates: str) -> str:
@@ -46,7 +52,6 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
     """
 
     duplicates: str = "keep"
-    _ids: list[Tensor] | None = None  # one tensor for each column, while a forward pass runs
 
     def __init__(
         self,
@@ -81,26 +86,29 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
     @contextmanager
     def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
         """Know the texts of a batch, where ``duplicates`` asks for them, while its loss is computed."""
-        if self.duplicates != "keep":
-            self._ids = [row_ids(features) for features in sentence_features]
+        if self.duplicates == "keep" or settings.get("disable"):
+            yield
+            return
+        token = _TEXTS.set((self, [row_ids(features) for features in sentence_features]))
         try:
             yield
         finally:
-            self._ids = None
+            _TEXTS.reset(token)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         return self.compute_loss(embeddings, labels, stock)
 
-    def serves(self, embeddings: Sequence[Tensor]) -> bool:
+    def serves(self, embeddings: Sequence[Tensor], new_options: dict[str, Any] | None = None) -> bool:
         """Whether the fused operation computes the loss of these embeddings; see :func:`._serving.serves`."""
         unsupported = unsupported_embeddings(embeddings)
         if similarity_of(self.similarity_fct) is None:
             unsupported = (
                 f"similarity_fct={stock.similarity_fct_name(self.similarity_fct)} is neither cos_sim nor dot_score"
             )
-        return serves(self, unsupported, self._new_options())
+        return serves(self, unsupported, self.new_options() | (new_options or {}))
 
-    def _new_options(self) -> dict[str, Any]:
+    def new_options(self) -> dict[str, Any]:
+        """The options that stock does not have, where they are set."""
         return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
 
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor | None, namespace: Any) -> Tensor:
@@ -121,7 +129,7 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         return contrastive_loss(
             queries,
             documents,
-            scale=self.scale,
+            scale=as_scale(self.scale),
             similarity=similarity_of(self.similarity_fct),
             directions=self.directions,
             partition_mode=self.partition_mode,
@@ -138,25 +146,19 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         """Ids of the query columns and of all documents, gathered as the embeddings are."""
         if self.duplicates == "keep":
             return None, None
-        if self._ids is None:
+        owner, ids = _TEXTS.get() or (None, None)
+        if owner is not self:
             raise ValueError(
                 f"duplicates={self.duplicates!r} compares the texts of a batch, which only forward(sentence_features, "
                 "labels) sees: call that, or contrastive_loss(..., query_ids=, document_ids=) with ids of your own."
             )
-        ids = torch.stack(self._ids).to(embeddings[0].device)  # (columns, N)
+        ids = torch.stack(ids).to(embeddings[0].device)  # (columns, N)
         if self.gather_across_devices:
             ids = all_gather(ids.T.contiguous()).T
         return ids[0].contiguous(), ids[1:].flatten()
 
     def get_config_dict(self) -> dict[str, Any]:
-        return plain_scale(super().get_config_dict()) | self._new_options()
-
-
-def plain_scale(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose learnable scale, if it has one, is written as the number that it is now."""
-    if isinstance(config["scale"], Tensor):
-        config["scale"] = config["scale"].item()
-    return config
+        return plain_scale(super().get_config_dict()) | self.new_options()
 
 
 with warnings.catch_warnings():

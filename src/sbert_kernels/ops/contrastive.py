@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from .. import backends
@@ -38,34 +39,41 @@ class _Contrastive(torch.autograd.Function):
         ctx: FunctionCtx,
         problem: ContrastiveProblem,
         backend: backends.Backend,
+        handle: Tensor,  # (), see _handle
         *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
     ) -> Tensor:
-        queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[2:]
+        queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[3:]
         needs = Needs(queries, any(documents), all_queries, scale, weights)
         result = _run(problem, backend, needs)
         # Saved in the accumulators' dtype, not the inputs': a gradient scaler multiplies before the rounding.
-        ctx.save_for_backward(result.queries, result.all_queries, result.scale, result.weights, result.documents)
+        ctx.save_for_backward(
+            handle, result.queries, result.all_queries, result.scale, result.weights, result.documents
+        )
         ctx.document_rows = [len(column) for column in problem.documents]
         ctx.destinations = [(t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors]
         return result.loss
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, documents = ctx.saved_tensors
+        handle, *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
         scaled = []
-        for gradient, wanted, destination in zip(gradients, ctx.needs_input_grad[2:], ctx.destinations, strict=True):
+        for gradient, wanted, destination in zip(gradients, ctx.needs_input_grad[3:], ctx.destinations, strict=True):
             if gradient is None or not wanted:
                 scaled.append(None)
             else:
                 dtype, device = destination
-                scaled.append(_only_once((gradient * grad_output).to(dtype=dtype, device=device)))
-        return None, None, *scaled
+                scaled.append((gradient * grad_output).to(dtype=dtype, device=device))
+        if torch.is_grad_enabled():  # create_graph: a gradient without a node would look like a constant
+            scaled = [None if g is None else _NoSecondDerivative.apply(g, handle) for g in scaled]
+        return None, None, None, *scaled
 
 
 class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient; raises when anything is differentiated through it."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor, leaf: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gradient: Tensor, handle: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -75,14 +83,12 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _only_once(gradient: Tensor) -> Tensor:
-    """Under create_graph, a gradient through which a second backward pass raises.
+def _handle(tensors: Sequence[Tensor]) -> Tensor:
+    """A zero that depends on all of these tensors, for the graph of a gradient to hang on, without keeping them alive.
 
-    Without a node of its own it would look like a constant, and a gradient penalty would silently do nothing.
+    Whichever inputs or parameters a second derivative is asked for, its way to them leads through this.
     """
-    if not torch.is_grad_enabled():
-        return gradient
-    return _NoSecondDerivative.apply(gradient, gradient.new_zeros((), requires_grad=True))
+    return sum((t[:0] if t.dim() else t.expand(0)).sum() for t in tensors)
 
 
 def _run(problem: ContrastiveProblem, backend: backends.Backend, needs: Needs) -> contract.ContrastiveResult:
@@ -91,6 +97,8 @@ def _run(problem: ContrastiveProblem, backend: backends.Backend, needs: Needs) -
         return backend.function("contrastive")(problem, needs)
 
 
+# A compiled caller breaks its graph here: there is nothing to fuse in a loop of matrix products over reused buffers.
+@torch.compiler.disable
 def contrastive_loss(
     queries: Tensor,
     documents: Tensor | Sequence[Tensor],
@@ -176,9 +184,13 @@ def contrastive_loss(
         row_offset=row_offset,
     )
     chosen = backends.choose("contrastive", backend).backend
-    tensors = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        return _Contrastive.apply(problem, chosen, *tensors)
+    inputs = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("contrastive_loss has no forward-mode derivative; use the stock loss for it.")
+    learnable = [t for t in tensors if t.requires_grad]
+    if learnable and torch.is_grad_enabled():
+        return _Contrastive.apply(problem, chosen, _handle(learnable), *inputs)
     return _run(problem, chosen, Needs()).loss
 
 
@@ -210,10 +222,12 @@ def _validated(
             f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
         )
     _one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
-    if not 0 <= _number("hardness_strength", options["hardness_strength"]) < math.inf:
+    for name in ("hardness_strength", "margin"):
+        options[name] = _number(name, options[name])
+    if not 0 <= options["hardness_strength"] < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
     _one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
-    if not math.isfinite(_number("margin", options["margin"])):
+    if not math.isfinite(options["margin"]):
         raise ValueError(f"margin must be a finite number, got {options['margin']}.")
     _scale(options["scale"])
 
@@ -258,6 +272,8 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def _number(name: str, value: Any) -> Real:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     return value
@@ -275,6 +291,8 @@ def _embedding(name: str, value: Any) -> None:
 
 
 def _columns(name: str, value: Any) -> tuple[Tensor, ...]:
+    if not isinstance(value, (Tensor, Sequence)):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}.")
     columns = (value,) if isinstance(value, Tensor) else tuple(value)
     if not columns:
         raise ValueError(f"{name} is empty: expected the positives, then a tensor for each negatives column.")
@@ -289,7 +307,9 @@ def _alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         ("dtype", value.dtype, other.dtype),
         ("device", value.device, other.device),
     ):
-        if got != wanted:
+        # float16, bfloat16 and float32 are all computed in float32, side by side as well.
+        mixed = attribute == "dtype" and torch.float64 not in (got, wanted)
+        if got != wanted and not mixed:
             raise ValueError(f"{name} has {attribute} {got}, expected {wanted}, that of {other_name}.")
 
 
