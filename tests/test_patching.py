@@ -85,6 +85,15 @@ def test_is_idempotent_and_nests() -> None:
     assert stock.GISTEmbedLoss is STOCK["GISTEmbedLoss"]
 
 
+def test_a_patch_that_was_undone_undoes_no_later_one() -> None:
+    stale = patch()
+    unpatch()
+    patch()
+    with stale:
+        pass
+    assert stock.GISTEmbedLoss is losses.GISTEmbedLoss
+
+
 def test_warns_about_what_was_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, under whatever name, and subclasses."""
     script = types.ModuleType("my_training_script")

@@ -16,24 +16,23 @@ STOCK_LOSSES = "sentence_transformers.sentence_transformer.losses"
 class Patch(AbstractContextManager["Patch"]):
     """What :func:`patch` replaced: stock class by stock name. As a context manager, undone at the end of the block."""
 
-    def __init__(self, replaced: dict[str, type], owner: bool) -> None:
+    def __init__(self, replaced: dict[str, type]) -> None:
         self.replaced = replaced
-        # A nested patch() must not undo the one around it.
-        self._owner = owner
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._owner:
+        # Not that of a nested patch(), nor of one that was undone since: they are not in force.
+        if _in_force and _in_force[0] is self:
             unpatch()
 
     def __repr__(self) -> str:
         return f"Patch({', '.join(self.replaced)})"
 
 
-# (object, attribute, value before, value set) of every rebinding in force, in the order made; what the Patch reports.
+# (object, attribute, value before, value set) of every rebinding in force, in the order made; and the Patch of them.
 _undo: list[tuple[Any, str, Any, Any]] = []
-_replaced: dict[str, type] = {}
+_in_force: list[Patch] = []
 
 
 def patch() -> Patch:
@@ -49,7 +48,7 @@ def patch() -> Patch:
         The :class:`Patch`, whose ``replaced`` maps each name to the stock class that was replaced.
     """
     if _undo:
-        return Patch(dict(_replaced), owner=False)
+        return Patch(_in_force[0].replaced)
     import_module(STOCK_LOSSES)
     losses = import_module(".losses", __package__)
     fused_of: dict[type, type] = {}
@@ -85,8 +84,8 @@ def patch() -> Patch:
         _rebind(module, attribute, fused_of[stock])
     for stock, fused in fused_of.items():
         _rebind(fused, "__module__", stock.__module__)
-        _replaced[fused.__name__] = stock
-    return Patch(dict(_replaced), owner=True)
+    _in_force.append(Patch({fused.__name__: stock for stock, fused in fused_of.items()}))
+    return _in_force[0]
 
 
 def unpatch() -> None:
@@ -98,7 +97,7 @@ def unpatch() -> None:
         target, attribute, before, now = _undo.pop()
         if getattr(target, attribute, None) is now:
             setattr(target, attribute, before)
-    _replaced.clear()
+    _in_force.clear()
 
 
 def _stock_base(fused: type, name: str) -> type | None:

@@ -50,6 +50,8 @@ def test_symmetric_equals_stock(
     theirs = stock.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=3)
     close(step(ours, texts(model)), step(theirs, texts(model)), replayed=True)
     assert ours.get_config_dict() == theirs.get_config_dict()
+    masked = losses.CachedMultipleNegativesSymmetricRankingLoss(model, duplicates="mask")
+    assert masked.get_config_dict() == {**theirs.get_config_dict(), "mini_batch_size": 32, "duplicates": "mask"}
 
 
 def leaves(columns: int = 2) -> list[list[Tensor]]:

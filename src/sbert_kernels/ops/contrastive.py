@@ -238,12 +238,13 @@ def _validated(
             f"documents[0] has {world} rows."
         )
     aligned = options["hardness_mode"] is not None and options["hardness_strength"] > 0
-    if (aligned or "doc_to_doc" in directions) and any(len(column) != world for column in columns):
+    guided = options["guide_queries"] is not None
+    # Guided, doc_to_doc looks at the positives only.
+    if (aligned or ("doc_to_doc" in directions and not guided)) and any(len(column) != world for column in columns):
         raise ValueError(
             f"documents have {[len(c) for c in columns]} rows: 'doc_to_doc' and hardness weighting need as many "
             "rows in each negatives column as there are positives, to know whose negatives they are."
         )
-    guided = options["guide_queries"] is not None
     all_queries = options["all_queries"]
     if all_queries is not None:
         _embedding("all_queries", all_queries)
