@@ -249,6 +249,17 @@ def test_a_bad_row_contaminates_what_eager_contaminates_and_nothing_else(poison:
         torch.testing.assert_close(value, expected, equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_document_spoils_the_rows_that_eager_spoils(value: float) -> None:
+    queries, (documents,) = batch(9, 6, dtype=torch.float32)
+    with torch.no_grad():
+        documents[2, 1] = value
+    eager = F.cross_entropy(queries @ documents.T, torch.arange(9))
+    ours = contrastive_loss(queries, documents, similarity="dot", scale=1.0)
+    found = gradients(ours, documents)[0].isnan().any(dim=1)
+    assert not (found & ~gradients(eager, documents)[0].isnan().any(dim=1)).any()
+
+
 def test_views_of_any_stride() -> None:
     queries, (documents,) = batch(6, 8)
     expected = contrastive_loss(queries, documents)

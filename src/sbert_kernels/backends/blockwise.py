@@ -295,7 +295,10 @@ class _Pass:
         for index, part in enumerate(part for part in parts if part.own is not None):
             # total * (p - 1 / count) of the own pair, without subtracting nearly equal numbers
             rest = others + sum(own_exp[:index] + own_exp[index + 1 :])
-            self._pull(part, block, own, coefficient * ((count - 1) * own_exp[index] - rest) / count)
+            strength = coefficient * ((count - 1) * own_exp[index] - rest) / count
+            # Where an infinite logit leaves the own pair no share, that product is 0 * inf.
+            strength = torch.where(total.isinf(), share * (own_exp[index] / total - 1 / count), strength)
+            self._pull(part, block, own, strength)
         return losses
 
     def _accumulate(self, part: _Block, block: slice, own: slice, coefficient: Tensor) -> None:
