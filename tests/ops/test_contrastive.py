@@ -254,7 +254,8 @@ def test_an_infinite_document_spoils_the_rows_that_eager_spoils(value: float) ->
     queries, (documents,) = batch(9, 6, dtype=torch.float32)
     with torch.no_grad():
         documents[2, 1] = value
-    eager = F.cross_entropy(queries @ documents.T, torch.arange(9))
+    logits = queries @ documents.T
+    eager = (logits.logsumexp(dim=1) - logits.diagonal()).mean()
     ours = contrastive_loss(queries, documents, similarity="dot", scale=1.0)
     found = gradients(ours, documents)[0].isnan().any(dim=1)
     assert not (found & ~gradients(eager, documents)[0].isnan().any(dim=1)).any()
