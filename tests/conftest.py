@@ -27,9 +27,9 @@ TEXTS = [
 @pytest.fixture(autouse=True)
 def _log_afresh() -> None:
     """A line that is logged once per process must not depend on which test came first."""
-    from sbert_kernels.losses import _serving
+    from sbert_kernels import logs
 
-    _serving._logged.clear()
+    logs._logged.clear()
 
 
 class Embedded(nn.Sequential):

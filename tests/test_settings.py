@@ -20,8 +20,8 @@ def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variable", "text", "name", "wanted"),
     [
         ("SBERT_KERNELS_DISABLE", "maybe", "disable", "1 or 0"),
-        ("SBERT_KERNELS_BLOCK_BYTES", "64MiB", "block_bytes", "a positive number of bytes"),
-        ("SBERT_KERNELS_BLOCK_BYTES", "0", "block_bytes", "a positive number of bytes"),
+        ("SBERT_KERNELS_BLOCK_BYTES", "64MiB", "block_bytes", "a positive integer, a number of bytes"),
+        ("SBERT_KERNELS_BLOCK_BYTES", "0", "block_bytes", "a positive integer, a number of bytes"),
     ],
 )
 def test_unreadable_values_are_named(

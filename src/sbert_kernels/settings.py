@@ -31,12 +31,22 @@ def _parse_bytes(text: str) -> int:
     except ValueError:
         value = 0
     if value <= 0:
-        raise ValueError("a positive number of bytes")
+        raise ValueError("a positive integer, a number of bytes")
     return value
 
 
 def _parse_name(text: str) -> str | None:
     return text.strip() or None
+
+
+PRODUCTS = ("float32", "bfloat16x3", "bfloat16")
+
+
+def _parse_products(text: str) -> str | None:
+    name = text.strip().lower()
+    if name and name not in PRODUCTS:
+        raise ValueError(f"one of {list(PRODUCTS)}")
+    return name or None
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,23 @@ VARIABLES: dict[str, Variable] = {
         "SBERT_KERNELS_BLOCK_BYTES",
         64 * MIB,
         _parse_bytes,
-        "Most bytes that the blockwise backend holds of the similarity matrices at a time (64 MiB; it aims at 32).",
+        "Most bytes held of the similarity matrices at a time (64 MiB; less is taken where more gains nothing).",
+    ),
+    "compile": Variable(
+        "SBERT_KERNELS_COMPILE", True, _parse_flag, "0 forbids compiling the CPU kernels on first use."
+    ),
+    "cache": Variable(
+        "SBERT_KERNELS_CACHE",
+        None,
+        _parse_name,
+        "Where compiled kernels are kept; unset is the user's cache directory.",
+    ),
+    "products": Variable(
+        "SBERT_KERNELS_PRODUCTS",
+        None,
+        _parse_products,
+        "How the cpu backend multiplies: float32, bfloat16x3 or bfloat16; unset follows the embeddings' type and "
+        "torch.set_float32_matmul_precision().",
     ),
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sbert_kernels import contrastive_loss, use_backend
 
@@ -17,9 +19,9 @@ ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"
 
 
 @pytest.fixture(params=["blockwise", "reference"], autouse=True)
-def _backend(request: pytest.FixtureRequest):
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with use_backend(request.param):
-        yield
+        yield request.param
 
 
 def batch(rows: int, dim: int, columns: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
@@ -50,6 +52,7 @@ def test_value_is_cross_entropy_of_cosines() -> None:
         {"scale": 100.0, "hardness_mode": "all_negatives", "hardness_strength": 2.0},
         {"duplicates": "positive", "document_ids": torch.tensor([1, 2, 1, 3, 2, 2, 9, 9])},
         {"guide_queries": torch.eye(4)[:, :3] + 0.1, "guide_documents": [torch.ones(4, 3), torch.eye(4)[:, :3]]},
+        {"matryoshka_dims": [2, 3], "matryoshka_weights": [0.5, -2.0], "directions": ALL_DIRECTIONS},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
@@ -131,6 +134,28 @@ def test_two_backwards_are_equal_and_scale_with_grad_output() -> None:
     assert torch.equal(scaled, once * 1024)
 
 
+def test_the_last_backward_equals_the_ones_before_it() -> None:
+    """It may use the memory of what was saved, which no other backward may."""
+    queries, documents = batch(6, 4, columns=3, dtype=torch.float32)
+    loss = contrastive_loss(queries, documents) * 3
+    before = torch.autograd.grad(loss, [queries, *documents], retain_graph=True)
+    again = torch.autograd.grad(loss, [queries, *documents], retain_graph=True)
+    last = torch.autograd.grad(loss, [queries, *documents])
+    assert all(map(torch.equal, before, again))
+    assert all(map(torch.equal, before, last))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradients_accumulate_over_steps_without_touching_each_other() -> None:
+    queries, documents = batch(6, 4, columns=2, dtype=torch.float32)
+    contrastive_loss(queries, documents).backward()
+    once = [x.grad.clone() for x in (queries, *documents)]
+    (contrastive_loss(queries, documents) * 2).backward()
+    for x, gradient in zip((queries, *documents), once, strict=True):
+        torch.testing.assert_close(x.grad, 3 * gradient)
+
+
 @pytest.mark.parametrize("how", ["backward", "backward to inputs", "grad", "hvp"])
 def test_a_second_derivative_raises(how: str) -> None:
     """However it is asked for; it must never look like a zero."""
@@ -176,11 +201,45 @@ def test_embeddings_are_not_kept_alive() -> None:
     assert queries.grad is not None
 
 
-def test_a_compiled_caller_gets_the_same_gradients() -> None:
+def test_a_compiled_caller_gets_the_same_gradients(backend: str) -> None:
+    """In one graph, without breaks."""
     queries, (documents,) = batch(8, 4, dtype=torch.float32)
+    compiled = torch.compile(lambda q, d: contrastive_loss(q * 2, d), backend="aot_eager", fullgraph=True)
+    if backend == "reference":
+        with pytest.raises(RuntimeError, match="'reference' differentiates by autograd, which is off"):
+            compiled(queries, documents)
+        return
     expected = gradients(contrastive_loss(queries * 2, documents), queries, documents)
-    compiled = torch.compile(lambda q, d: contrastive_loss(q * 2, d), backend="aot_eager")
     torch.testing.assert_close(gradients(compiled(queries, documents), queries, documents), expected)
+
+
+def test_a_compiled_caller_is_compiled_twice_at_most_whatever_the_number_of_rows(backend: str) -> None:
+    """Once for the first batch, once for any number of rows; torch gives up after eight."""
+    if backend == "reference":
+        pytest.skip("cannot be compiled")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, d: contrastive_loss(q, d), backend=counter, fullgraph=True)
+    for rows in range(3, 15):
+        queries, documents = (torch.randn(rows, 5, requires_grad=True) for _ in range(2))
+        compiled(queries, documents).backward()
+        assert queries.grad.shape == (rows, 5)
+    assert counter.frame_count <= 2
+
+
+def test_a_compiled_caller_may_give_a_tensor_two_roles() -> None:
+    (queries, _), scale = batch(8, 4, dtype=torch.float32), torch.tensor(5.0, requires_grad=True)
+
+    def loss(x: Tensor, s: Tensor) -> Tensor:
+        return contrastive_loss(x, [x, x], scale=s)
+
+    with use_backend("blockwise"):
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        expected = gradients(loss(queries, scale), queries, scale)
+        torch.testing.assert_close(gradients(compiled(queries, scale), queries, scale), expected)
+        with torch.no_grad():
+            scale.fill_(-1.0)
+        with pytest.raises(ValueError, match=r"scale must be a positive finite number, got -1\.0"):
+            compiled(queries, scale)
 
 
 def test_only_what_requires_grad_gets_one() -> None:
@@ -332,6 +391,67 @@ def test_negatives_columns_of_different_lengths() -> None:
         contrastive_loss(queries, [documents, negatives[:2]], directions=("query_to_doc", "doc_to_doc"))
 
 
+PREFIXES = [
+    {},
+    {"similarity": "dot", "scale": 0.7},
+    {"directions": ALL_DIRECTIONS, "hardness_mode": "all_negatives", "hardness_strength": 2.0},
+    {"duplicates": "mask", "document_ids": torch.arange(14) % 5},
+    {"weights": torch.linspace(0.1, 2.0, 7, dtype=torch.float64)},
+    {"guide_queries": torch.eye(7), "guide_documents": [torch.eye(7).roll(2, 0), torch.eye(7)], "margin": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", PREFIXES, ids=lambda options: "-".join(options) or "plain")
+def test_matryoshka_is_the_weighted_sum_over_prefixes(options: dict[str, Any]) -> None:
+    """Of everything, in any order, a repeated width counted twice; the columns beyond the widest have no gradient."""
+    queries, documents = batch(7, 9, columns=2)
+    dims, weights = [3, 8, 5, 3], [0.5, 1, -2.0, 0.25]
+    ours = contrastive_loss(queries, documents, matryoshka_dims=dims, matryoshka_weights=weights, **options)
+    parts = [
+        weight * contrastive_loss(queries[:, :dim], [column[:, :dim] for column in documents], **options)
+        for dim, weight in zip(dims, weights, strict=True)
+    ]
+    torch.testing.assert_close(ours, sum(parts), rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(
+        gradients(ours, queries, *documents), gradients(sum(parts), queries, *documents), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        assert not found[:, 8:].any()
+
+
+def test_matryoshka_weights_are_one_by_default_and_the_whole_width_is_no_prefix() -> None:
+    queries, (documents,) = batch(6, 4, dtype=torch.float32)
+    whole = contrastive_loss(queries, documents)
+    assert torch.equal(contrastive_loss(queries, documents, matryoshka_dims=(4,)), whole)
+    both = contrastive_loss(queries, documents, matryoshka_dims=(2, 4))
+    torch.testing.assert_close(both - whole, contrastive_loss(queries[:, :2], documents[:, :2]))
+
+
+def test_matryoshka_sums_the_gradients_of_scale_and_weights() -> None:
+    queries, (documents,) = batch(6, 5)
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64, requires_grad=True)
+    ours = contrastive_loss(queries, documents, scale=scale, weights=weights, matryoshka_dims=(5, 2))
+    parts = [contrastive_loss(queries[:, :dim], documents[:, :dim], scale=scale, weights=weights) for dim in (5, 2)]
+    torch.testing.assert_close(gradients(ours, scale, weights), gradients(sum(parts), scale, weights))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 0.0])
+def test_a_bad_entry_spoils_the_prefixes_that_hold_it(poison: float) -> None:
+    """And of those what eager spoils; a slice of zeros gives zero vectors, not NaN."""
+    queries, (documents,) = batch(6, 4, dtype=torch.float32)
+    with torch.no_grad():
+        queries[2, 2:] = poison
+        queries[3, :2] = 0.0 if poison == 0 else queries[3, :2]
+
+    def eager(dim: int) -> Tensor:
+        return F.cross_entropy(20 * F.normalize(queries[:, :dim]) @ F.normalize(documents[:, :dim]).T, torch.arange(6))
+
+    ours, theirs = contrastive_loss(queries, documents, matryoshka_dims=(2, 4)), eager(2) + eager(4)
+    for value, expected in zip(gradients(ours, queries, documents), gradients(theirs, queries, documents), strict=True):
+        torch.testing.assert_close(value, expected, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
 ROWS, OTHER = torch.randn(4, 3), torch.randn(4, 5)
 BAD_INPUT = [
     ({"queries": [[1.0]]}, TypeError, "queries must be a tensor, got list"),
@@ -395,6 +515,28 @@ BAD_INPUT = [
         {"documents": torch.randn(8, 3), "directions": ("query_to_doc", "doc_to_query")},
         ValueError,
         "all_queries is required for directions",
+    ),
+    ({"matryoshka_weights": [1.0]}, ValueError, "matryoshka_weights was given without matryoshka_dims"),
+    ({"matryoshka_dims": []}, ValueError, "matryoshka_dims is empty"),
+    ({"matryoshka_dims": 2}, TypeError, "matryoshka_dims must be a sequence of numbers, got int"),
+    ({"matryoshka_dims": [2.0]}, TypeError, "matryoshka_dims must be integers, got 2.0"),
+    ({"matryoshka_dims": [True]}, TypeError, "matryoshka_dims must be integers, got True"),
+    ({"matryoshka_dims": [2, 4]}, ValueError, r"matryoshka_dims must be in 1 \.\. 3, .* got 4"),
+    ({"matryoshka_dims": [0]}, ValueError, r"matryoshka_dims must be in 1 \.\. 3, .* got 0"),
+    (
+        {"matryoshka_dims": [2, 3], "matryoshka_weights": [1.0]},
+        ValueError,
+        "matryoshka_weights has 1 numbers, expected 2, one a width",
+    ),
+    (
+        {"matryoshka_dims": [2], "matryoshka_weights": [torch.tensor(1.0)]},
+        TypeError,
+        "matryoshka_weights must be numbers, got tensor",
+    ),
+    (
+        {"matryoshka_dims": [2], "matryoshka_weights": [math.inf]},
+        ValueError,
+        "matryoshka_weights must be finite, got inf",
     ),
     ({"backend": "cuda11"}, ValueError, "backend='cuda11' is not a backend: expected one of"),
 ]

@@ -1,7 +1,7 @@
 """How an operation is computed. A backend is a module with one function per operation; this file chooses one per call.
 
 `reference` is the definition in eager torch, the ground truth that the others are tested against; it is used only when
-asked for. `blockwise` serves everything.
+asked for. `cpu` serves most of what lies on the CPU, where its C++ kernels are compiled, and `blockwise` everything.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from .. import settings
+from ..logs import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +30,31 @@ class Backend:
     operations: tuple[str, ...]
     automatic: bool  # may be chosen without being asked for
     summary: str
+    device: str | None = None  # the type of the device that it is made for
+    uses_autograd: bool = False  # to compute gradients
 
     def function(self, operation: str) -> Callable[..., Any]:
-        return getattr(import_module(f".{self.name}", __name__), operation)
+        return getattr(self._module(), operation)
+
+    def unsupported(self, problem: Any) -> str | None:
+        """Why the backend cannot serve a problem although it serves the operation, or None."""
+        if self.device is None:
+            return None
+        if problem is not None and problem.device.type != self.device:
+            return f"the inputs are on {problem.device}"
+        return self._module().unsupported(problem)
+
+    def _module(self) -> ModuleType:
+        return import_module(f".{self.name}", __name__)
 
 
 # In order of preference.
 BACKENDS = (
+    Backend("cpu", ("contrastive",), True, "C++ tiles that stay in the cache, float32 and narrower", device="cpu"),
     Backend("blockwise", ("contrastive",), True, "row blocks of torch ops, any device and dtype"),
-    Backend("reference", ("contrastive",), False, "eager torch, holds every matrix, the ground truth"),
+    Backend(
+        "reference", ("contrastive",), False, "eager torch, holds every matrix, the ground truth", uses_autograd=True
+    ),
 )
 
 
@@ -55,16 +73,17 @@ def _named(name: str, origin: str) -> Backend:
     raise ValueError(f"{origin}={name!r} is not a backend: expected one of {[b.name for b in BACKENDS]}.")
 
 
-def choose(operation: str, requested: str | None = None) -> Choice:
+def choose(operation: str, requested: str | None = None, problem: Any = None) -> Choice:
     """The backend for one call of ``operation``: the one asked for, else the first that serves it.
 
     Args:
         operation: One of :data:`OPERATIONS`.
         requested: A backend's name (the call's own ``backend=``), which wins over :func:`use_backend` and
             ``SBERT_KERNELS_BACKEND``.
+        problem: What is to be computed; without it, the choice is the one for the most usual problem on the CPU.
 
     Raises:
-        ValueError: if no backend has that name, or the one asked for cannot serve the operation.
+        ValueError: if no backend has that name, or the one asked for cannot serve the operation or the problem.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation={operation!r} is unknown: expected one of {list(OPERATIONS)}.")
@@ -75,12 +94,21 @@ def choose(operation: str, requested: str | None = None) -> Choice:
         backend = _named(requested, origin)
         if operation not in backend.operations:
             raise ValueError(f"{origin}={requested!r} does not serve {operation!r}.")
-        choice = Choice(backend, f"asked for by {origin}")
-    else:
-        backend = next(b for b in BACKENDS if b.automatic and operation in b.operations)
-        choice = Choice(backend, f"first in order of preference: {backend.summary}")
-    logger.debug("%s is served by %s (%s)", operation, choice.backend.name, choice.reason)
-    return choice
+        reason = backend.unsupported(problem)
+        if reason is not None:
+            raise ValueError(f"{origin}={requested!r} cannot serve this call: {reason}.")
+        return Choice(backend, f"asked for by {origin}")
+    passed_over = ""
+    for backend in BACKENDS:
+        if not backend.automatic or operation not in backend.operations:
+            continue
+        reason = backend.unsupported(problem)
+        if reason is None:
+            return Choice(backend, f"first in order of preference: {backend.summary}{passed_over}")
+        passed_over += f"; not {backend.name}: {reason}"
+        if problem is not None and problem.device.type == backend.device:
+            log_once(logger, f"{operation} is not computed by the {backend.name} kernels: {reason}.")
+    raise AssertionError(f"no backend serves {operation!r}")
 
 
 @contextmanager

@@ -17,6 +17,8 @@ The row's own positive never goes through e. Its entry is excluded like others a
 is added row-wise from its own dot product: the loss is log(1 + l_others / e_positive) and the gradient -l_others / l,
 both without the cancellation of 1 - p at p near 1.
 
+Matryoshka prefixes are passes of their own, the widest first, over the same buffers and gradient accumulators.
+
 Memory: one block of z (its size from a byte budget), unit copies of the inputs, the gradients. Accumulators, softmax
 statistics and loss are fp32 (fp64 for fp64 inputs); half-precision inputs are widened once, as stock does.
 """
@@ -24,6 +26,7 @@ statistics and loss are fp32 (fp64 for fp64 inputs); half-precision inputs are w
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -48,33 +51,56 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
 
 
 class _Operand:
-    """A set of vectors: their values as the products use them, and the accumulator of their gradient."""
+    """A set of vectors: a prefix of their values as the products use them, and the accumulator of their gradient."""
 
     def __init__(self, parts: tuple[Tensor, ...], problem: ContrastiveProblem, cosine: bool, need: bool) -> None:
-        self.norms: Tensor | None = None  # (rows, 1), at least eps
-        dtype = torch.promote_types(parts[0].dtype, problem.dtype)
-        values = [part.detach().to(dtype) for part in parts]
-        self.values = values[0].contiguous() if len(values) == 1 else torch.cat(values)  # (rows, D)
-        if cosine:
-            norms = torch.linalg.vector_norm(self.values, dim=1, keepdim=True)
-            self.below_eps = norms < problem.eps  # (rows, 1)
-            self.norms = norms.clamp_(min=problem.eps)
-            # In place where the values are a copy already.
-            out = self.values if len(values) > 1 or values[0].dtype != parts[0].dtype else None
-            self.values = torch.div(self.values, self.norms, out=out)
-        self.gradient = torch.zeros_like(self.values) if need else None  # (rows, D)
+        self.parts, self.cosine, self.need, self.eps = parts, cosine, need, problem.eps
+        self.dtype = torch.promote_types(parts[0].dtype, problem.dtype)
+        self.total: Tensor | None = None  # (rows, D): the gradient of all prefixes so far
+        self.values: Tensor | None = None  # (rows, d) for the prefix of d entries that was begun
+        self.gradient: Tensor | None = None  # (rows, d), of these values: a view of the total, where it piles up
+        self.before: Tensor | None = None  # (rows, 1): g . x of what lay there when the prefix was begun
 
-    def finish(self) -> Tensor | None:
-        """Carry the gradient through the norm, in place: dx = (g - (g . x) x) / |x|."""
-        if self.gradient is None or self.norms is None:
-            return self.gradient
-        for begin in range(0, len(self.values), OPERAND_ROWS):
-            rows = slice(begin, begin + OPERAND_ROWS)
-            x, g = self.values[rows], self.gradient[rows]
-            # Below eps the divisor is a constant, and nothing flows through it.
-            along = (g * x).sum(dim=1, keepdim=True).masked_fill_(self.below_eps[rows], 0)
-            g.addcmul_(x, along, value=-1).div_(self.norms[rows])
-        return self.gradient
+    def begin(self, dim: int) -> None:
+        """Hold the first ``dim`` entries; prefixes come from the widest down."""
+        values = [_prefix(part.detach(), dim).to(self.dtype) for part in self.parts]
+        self.values = values[0].contiguous() if len(values) == 1 else torch.cat(values)
+        if self.cosine:
+            norms = torch.linalg.vector_norm(self.values, dim=1, keepdim=True)
+            self.below_eps = norms < self.eps  # (rows, 1)
+            self.norms = norms.clamp_(min=self.eps)  # (rows, 1)
+            # In place where the values are a copy already.
+            out = self.values if self.values.data_ptr() != self.parts[0].data_ptr() else None
+            self.values = torch.div(self.values, self.norms, out=out)
+        if not self.need:
+            return
+        first = self.total is None
+        if first:
+            self.total = self.values.new_zeros(len(self.values), self.parts[0].shape[1])
+        self.gradient = _prefix(self.total, dim)
+        self.before = None
+        if self.cosine and not first:
+            # What wider prefixes have left here is to come out of finish() unchanged.
+            self.gradient.mul_(self.norms)
+            self.before = torch.cat([self._along(rows) for rows in self._row_blocks()])
+
+    def finish(self) -> None:
+        """Carry the gradient of this prefix through its norm, in place: dx = (g - (g . x) x) / |x|."""
+        if self.need and self.cosine:
+            for rows in self._row_blocks():
+                along = self._along(rows)
+                if self.before is not None:
+                    along -= self.before[rows]
+                self.gradient[rows].addcmul_(self.values[rows], along, value=-1).div_(self.norms[rows])
+        self.values = None  # before the next prefix takes its own
+
+    def _along(self, rows: slice) -> Tensor:
+        """g . x, (rows, 1); 0 below eps, where the divisor is a constant and nothing flows through it."""
+        products = self.gradient[rows] * self.values[rows]
+        return products.sum(dim=1, keepdim=True).masked_fill_(self.below_eps[rows], 0)
+
+    def _row_blocks(self) -> Iterator[slice]:
+        return (slice(begin, begin + OPERAND_ROWS) for begin in range(0, len(self.values), OPERAND_ROWS))
 
 
 @dataclass
@@ -101,12 +127,15 @@ class _Pass:
         self.all_queries = self.queries
         if problem.all_queries is not None and any(term.columns_are_queries for term in self.terms):
             self.all_queries = _Operand((problem.all_queries,), problem, cosine, needs.all_queries)
+        self.operands = list({id(o): o for o in (self.queries, self.documents, self.all_queries)}.values())
         self.guides = None
         if problem.guided:
             self.guides = (
                 _Operand((problem.guide_queries,), problem, cosine=True, need=False),
                 _Operand(problem.guide_documents, problem, cosine=True, need=False),
             )
+            for guide in self.guides:
+                guide.begin(problem.guide_queries.shape[1])
         self.scale = problem.scale
         if isinstance(self.scale, Tensor):
             # A 0-d tensor on the CPU mixes with tensors of any device, and moving it there would wait for the device.
@@ -129,24 +158,32 @@ class _Pass:
         else:
             weights = weights.detach().to(problem.dtype)
             share = weights / weights.sum()
-        losses = torch.empty(n, dtype=problem.dtype, device=device)
+        losses = torch.zeros(n, dtype=problem.dtype, device=device)
         self.scale_gradient = torch.zeros((), dtype=problem.dtype, device=device)
 
         rows = self._block_rows(n)
-        buffers = {term: self.queries.values.new_empty(rows * term.columns) for term in self.terms}
+        buffers = {
+            term: torch.empty(rows * term.columns, dtype=self.queries.dtype, device=device) for term in self.terms
+        }
         guide_buffer = None
         if self.guides:
             guide_buffer = self.guides[0].values.new_empty(rows * max(term.columns for term in self.terms))
-        for begin in range(0, n, rows):
-            block = slice(begin, min(begin + rows, n))
-            losses[block] = self._block(block, share[block], buffers, guide_buffer)
+        for dim, weight in zip(reversed(problem.dims), reversed(problem.dim_weights), strict=True):
+            for operand in self.operands:
+                operand.begin(dim)
+            prefix_share = share * weight
+            for begin in range(0, n, rows):
+                block = slice(begin, min(begin + rows, n))
+                losses[block].add_(self._block(block, prefix_share[block], buffers, guide_buffer), alpha=weight)
+            for operand in self.operands:
+                operand.finish()
         del buffers, guide_buffer
 
         loss = (share * losses).sum()
         return ContrastiveResult(
             loss=loss,
-            queries=self.queries.finish(),
-            documents=self.documents.finish(),
+            queries=self.queries.total,
+            documents=self.documents.total,
             all_queries=self._all_queries_gradient(),
             scale=self.scale_gradient if needs.scale else None,
             weights=(losses - loss) / weights.sum() if needs.weights else None,
@@ -157,10 +194,10 @@ class _Pass:
             return None
         if self.all_queries is self.queries:  # no direction looks at the other ranks' queries
             return torch.zeros_like(self.problem.all_queries, dtype=self.problem.dtype)
-        return self.all_queries.finish()
+        return self.all_queries.total
 
     def _block_rows(self, n: int) -> int:
-        element = self.queries.values.element_size()
+        element = self.queries.dtype.itemsize
         every, widest = (combine(term.columns for term in self.terms) for combine in (sum, max))
         row_bytes = every * element
         if self.guides:  # similarities of one term, and what they exclude
@@ -268,7 +305,8 @@ class _Pass:
         shift: Tensor | float = 0.0
         if not self.bounded:
             shift = reduce(torch.maximum, [part.z.amax(dim=1) for part in parts] + positive)
-            shift = shift.masked_fill(shift.isinf(), 0)
+            # Of an infinite maximum the largest number: exp(x - inf) would make no number of every x.
+            shift = shift.masked_fill(shift == -math.inf, 0).clamp(max=torch.finfo(shift.dtype).max)
         others = torch.zeros_like(share)
         for part in parts:
             if not self.bounded:
@@ -325,6 +363,11 @@ class _Pass:
             columns.gradient[partners].addcmul_(strength[:, None], rows.values[index])
         if self.needs.scale:
             self.scale_gradient += (strength * part.own).sum() / self.scale
+
+
+def _prefix(matrix: Tensor, dim: int) -> Tensor:
+    """The first ``dim`` columns."""
+    return matrix if dim == matrix.shape[1] else matrix[:, :dim]
 
 
 def _diagonal(matrix: Tensor, start: int, block: slice) -> Tensor:

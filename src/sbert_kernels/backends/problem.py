@@ -11,6 +11,7 @@ negatives), so a diagonal is described by the column that it starts at for row 0
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,12 @@ HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 SIMILARITIES = ("cos", "dot")
 DUPLICATES = ("keep", "mask", "positive")
 MARGIN_STRATEGIES = ("absolute", "relative")
+
+
+def check_scale(value: float) -> None:
+    """Raise ValueError unless a scale is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"scale must be a positive finite number, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,14 @@ class ContrastiveProblem:
     margin_strategy: str
     margin: float
     row_offset: int
+    # Matryoshka: the loss is sum_k dim_weights[k] * (loss of the first dims[k] entries of every embedding); the guide's
+    # vectors stay whole. (D,) and (1.0,) without it.
+    dims: tuple[int, ...]  # strictly ascending, in 1 .. D
+    dim_weights: tuple[float, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.queries.device
 
     @property
     def guided(self) -> bool:

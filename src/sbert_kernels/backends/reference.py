@@ -31,13 +31,23 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     }
     wanted = [name for name, value in leaves.items() if value is not None and value.requires_grad]
     with torch.set_grad_enabled(bool(wanted)):
-        loss = _loss(problem, **leaves)
+        loss = sum(
+            weight * _loss(problem, **{name: _prefix(leaf, dim) for name, leaf in leaves.items()})
+            for dim, weight in zip(problem.dims, problem.dim_weights, strict=True)
+        )
     gradients = ()
     if wanted:
-        # all_queries, where no direction looks at them, have a gradient of zero.
         inputs = [leaves[name] for name in wanted]
-        gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        # all_queries, where no direction looks at them, have a gradient of zero.
+        gradients = tuple(torch.zeros_like(x) for x in inputs)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return ContrastiveResult(loss.detach(), **dict(zip(wanted, gradients, strict=True)))
+
+
+def _prefix(leaf: Tensor | None, dim: int) -> Tensor | None:
+    """The first ``dim`` entries of each embedding; whatever is not a matrix of embeddings stays whole."""
+    return leaf[:, :dim] if leaf is not None and leaf.dim() == 2 else leaf
 
 
 def _loss(

@@ -10,17 +10,9 @@ from sentence_transformers import SentenceTransformer, util
 from torch import Tensor, nn
 
 from .. import settings
+from ..logs import log_once
 
 logger = logging.getLogger(__name__)
-
-_logged: set[str] = set()
-
-
-def log_once(message: str) -> None:
-    """One line per message and process: a loss is called at every step."""
-    if message not in _logged:
-        _logged.add(message)
-        logger.warning(message)
 
 
 def similarity_of(similarity_fct: Any) -> str | None:
@@ -56,7 +48,7 @@ def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any]
     options = ", ".join(f"{key}={value!r}" for key, value in (new_options or {}).items())
     if settings.get("disable"):
         if options:
-            log_once(f"{name}: SBERT_KERNELS_DISABLE is set, and stock does not honour {options}.")
+            log_once(logger, f"{name}: SBERT_KERNELS_DISABLE is set, and stock does not honour {options}.")
         return False
     if unsupported is None:
         return True
@@ -65,5 +57,5 @@ def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any]
     backend = settings.get("backend")
     if backend is not None:
         raise ValueError(f"{name} cannot be served by the backend asked for, {backend!r}: {unsupported}.")
-    log_once(f"{name} is computed by sentence-transformers, not by a fused kernel: {unsupported}.")
+    log_once(logger, f"{name} is computed by sentence-transformers, not by a fused kernel: {unsupported}.")
     return False

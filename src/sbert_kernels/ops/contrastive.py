@@ -7,8 +7,8 @@ For rows i of a batch of (query, document, hard negatives...), with z = scale * 
 The candidates of a row are those of its *directions*: the documents for its query (`query_to_doc`), the other queries
 (`query_to_query`), the queries for its document (`doc_to_query`), the other rows' documents (`doc_to_doc`). `joint`
 takes one logsumexp over the union, `per_direction` averages one per direction. Options follow sentence-transformers'
-MultipleNegativesRankingLoss (van den Oord et al. 2018, Li et al. 2023, Lan et al. 2025) and GISTEmbedLoss (Solatorio
-2024).
+MultipleNegativesRankingLoss (van den Oord et al. 2018, Li et al. 2023, Lan et al. 2025), GISTEmbedLoss (Solatorio
+2024) and MatryoshkaLoss (Kusupati et al. 2022).
 
 The loss is a scalar, so its gradients are computed in the forward pass up to one factor, and the backward pass
 multiplies by that factor.
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from .. import backends
 from ..backends import problem as contract
 from ..backends.problem import ContrastiveProblem, Needs
+from . import _traced
 
 
 class _Contrastive(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _Contrastive(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         problem: ContrastiveProblem,
-        backend: backends.Backend,
+        backend: str | None,
         handle: Tensor,  # (), see _handle
         *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
     ) -> Tensor:
@@ -57,16 +57,24 @@ class _Contrastive(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         handle, *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
+        in_place = _graph_is_freed()
         scaled = []
         for gradient, wanted, destination in zip(gradients, ctx.needs_input_grad[3:], ctx.destinations, strict=True):
             if gradient is None or not wanted:
                 scaled.append(None)
             else:
                 dtype, device = destination
-                scaled.append((gradient * grad_output).to(dtype=dtype, device=device))
+                product = gradient.mul_(grad_output) if in_place else gradient * grad_output
+                scaled.append(product.to(dtype=dtype, device=device))
         if torch.is_grad_enabled():  # create_graph: a gradient without a node would look like a constant
             scaled = [None if g is None else _NoSecondDerivative.apply(g, handle) for g in scaled]
         return None, None, None, *scaled
+
+
+def _graph_is_freed() -> bool:
+    """Whether the backward pass that runs now is the last to see the saved tensors, and may use their memory."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return not torch.compiler.is_compiling() and keeps_graph is not None and not keeps_graph()
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -91,14 +99,10 @@ def _handle(tensors: Sequence[Tensor]) -> Tensor:
     return sum((t[:0] if t.dim() else t.expand(0)).sum() for t in tensors)
 
 
-def _run(problem: ContrastiveProblem, backend: backends.Backend, needs: Needs) -> contract.ContrastiveResult:
-    # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
-    with torch.autocast(problem.queries.device.type, enabled=False), torch.no_grad():
-        return backend.function("contrastive")(problem, needs)
+def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
+    return (_traced.run if torch.compiler.is_compiling() else _traced.evaluate)(problem, backend, needs)
 
 
-# A compiled caller breaks its graph here: there is nothing to fuse in a loop of matrix products over reused buffers.
-@torch.compiler.disable
 def contrastive_loss(
     queries: Tensor,
     documents: Tensor | Sequence[Tensor],
@@ -119,6 +123,8 @@ def contrastive_loss(
     margin: float = 0.0,
     all_queries: Tensor | None = None,
     row_offset: int = 0,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """In-batch-negatives softmax cross-entropy of (query, document, hard negatives...) rows, never holding N x M.
@@ -154,6 +160,11 @@ def contrastive_loss(
         margin: See ``margin_strategy``.
         all_queries: Every rank's queries, [W, D], when the columns are gathered; local queries otherwise.
         row_offset: Position of the local rows among the gathered ones: rank * N.
+        matryoshka_dims: Widths of prefixes, each in 1 .. D, in any order. The loss is then the weighted sum, not the
+            mean, of the losses of these prefixes of all embeddings; "cos" normalises each prefix by its own norm. The
+            guide's vectors stay whole. A repeated width counts as often as it is given. Entries beyond the widest
+            prefix get a gradient of zero.
+        matryoshka_weights: A finite number for each of ``matryoshka_dims``; 1 by default.
         backend: Name of the backend to use; None lets :func:`sbert_kernels.use_backend` or the library choose.
 
     Returns:
@@ -182,16 +193,19 @@ def contrastive_loss(
         margin=margin,
         all_queries=all_queries,
         row_offset=row_offset,
+        matryoshka_dims=matryoshka_dims,
+        matryoshka_weights=matryoshka_weights,
     )
-    chosen = backends.choose("contrastive", backend).backend
     inputs = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
     tensors = [t for t in inputs if isinstance(t, Tensor)]
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("contrastive_loss has no forward-mode derivative; use the stock loss for it.")
     learnable = [t for t in tensors if t.requires_grad]
     if learnable and torch.is_grad_enabled():
-        return _Contrastive.apply(problem, chosen, _handle(learnable), *inputs)
-    return _run(problem, chosen, Needs()).loss
+        if torch.compiler.is_compiling():
+            inputs = _traced.distinct(inputs)
+        return _Contrastive.apply(problem, backend, _handle(learnable), *inputs)
+    return _run(problem, backend, Needs()).loss
 
 
 def _validated(
@@ -200,6 +214,8 @@ def _validated(
     documents: Tensor | Sequence[Tensor],
     guide_documents: Tensor | Sequence[Tensor] | None,
     directions: Sequence[str],
+    matryoshka_dims: Sequence[int] | None,
+    matryoshka_weights: Sequence[float] | None,
     **options: Any,
 ) -> ContrastiveProblem:
     """The problem, or the error that says which argument cannot be served."""
@@ -227,7 +243,7 @@ def _validated(
     if not 0 <= options["hardness_strength"] < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
     _one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
-    if not math.isfinite(options["margin"]):
+    if not abs(options["margin"]) < math.inf:
         raise ValueError(f"margin must be a finite number, got {options['margin']}.")
     _scale(options["scale"])
 
@@ -258,10 +274,13 @@ def _validated(
         )
     _weights(options["weights"], queries)
     _ids(options, directions, n if all_queries is None else world, sum(map(len, columns)), queries.device)
+    dims, dim_weights = _prefixes(matryoshka_dims, matryoshka_weights, queries.shape[1])
     return ContrastiveProblem(
         queries=queries,
         documents=columns,
         directions=directions,
+        dims=dims,
+        dim_weights=dim_weights,
         guide_documents=_guide(options["guide_queries"], guide_documents, all_queries, queries, columns),
         **options,
     )
@@ -320,12 +339,12 @@ def _scale(scale: Any) -> None:
             raise ValueError(
                 f"scale must be a number or a 0-d floating-point tensor, got {list(scale.shape)} of {scale.dtype}."
             )
-        # On a device the value is left unread: reading it would wait for everything before it.
-        if scale.device.type != "cpu":
+        # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
+        # either; the operator in its graph does.
+        if scale.device.type != "cpu" or torch.compiler.is_compiling():
             return
         scale = scale.item()
-    if not 0 < _number("scale", scale) < math.inf:
-        raise ValueError(f"scale must be a positive finite number, got {scale}.")
+    contract.check_scale(_number("scale", scale))
 
 
 def _weights(weights: Any, queries: Tensor) -> None:
@@ -357,6 +376,36 @@ def _ids(
             raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids))}.")
         elif list(ids.shape) != [rows] or ids.device != device:
             raise ValueError(f"{name} must have shape [{rows}] on {device}, got {list(ids.shape)} on {ids.device}.")
+
+
+def _prefixes(dims: Any, weights: Any, dimension: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The widths of the prefixes, strictly ascending, and the weight of each."""
+    if dims is None:
+        if weights is not None:
+            raise ValueError("matryoshka_weights was given without matryoshka_dims.")
+        return (dimension,), (1.0,)
+    for name, values in (("matryoshka_dims", dims), ("matryoshka_weights", weights)):
+        if values is not None and (not isinstance(values, Sequence) or isinstance(values, str)):
+            raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}.")
+    if not dims:
+        raise ValueError("matryoshka_dims is empty: expected at least one width.")
+    weights = [1.0] * len(dims) if weights is None else weights
+    if len(weights) != len(dims):
+        raise ValueError(f"matryoshka_weights has {len(weights)} numbers, expected {len(dims)}, one a width.")
+    total: dict[int, float] = {}
+    for dim, weight in zip(dims, weights, strict=True):
+        if not isinstance(dim, Integral) or isinstance(dim, bool):
+            raise TypeError(f"matryoshka_dims must be integers, got {dim!r}.")
+        if not 1 <= dim <= dimension:
+            raise ValueError(f"matryoshka_dims must be in 1 .. {dimension}, the embeddings' dimension; got {dim}.")
+        # Not a tensor: the gradient of a learnable one would be lost.
+        if not isinstance(weight, Real):
+            raise TypeError(f"matryoshka_weights must be numbers, got {weight!r}.")
+        if not math.isfinite(weight):
+            raise ValueError(f"matryoshka_weights must be finite, got {weight}.")
+        total[int(dim)] = total.get(int(dim), 0.0) + float(weight)
+    widths = tuple(sorted(total))
+    return widths, tuple(total[width] for width in widths)
 
 
 def _guide(

@@ -1,0 +1,94 @@
+// What the CPU kernels of the contrastive operation are handed. Symbols as in backends/problem.py: N rows, M documents,
+// D the embedding dimension, P Matryoshka prefixes (one, of width D, without Matryoshka).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace sbert_kernels {
+
+// Similarities of a row and a column come from slices of the embedding: slice k holds the dimensions between prefix
+// k - 1 and prefix k, so that prefix k is the sum of slices 0..k.
+struct Slice {
+  int64_t begin;  // first dimension
+  int64_t width;
+  int64_t padded_begin;  // the same in a copy whose slices are padded to an even width, as pairs of bf16 need it
+  int64_t padded_width;
+};
+
+// A set of vectors, [rows, D] row-major, in any role: rows of some terms, columns of others.
+struct Vectors {
+  const void* data = nullptr;  // float or at::BFloat16, as Problem::bf16 says
+  int64_t rows = 0;
+  int64_t dimension = 0;            // D, also the leading dimension
+  float* gradient = nullptr;        // [rows, D], zeroed; null where nobody wants it
+  std::vector<float> inverse_norm;  // [P, rows], ones for dot products
+  std::vector<double> projection;   // [P, rows], inverse_norm squared; 0 where the norm is a constant (below eps)
+  std::vector<double> along;        // [P, rows], sum of gradient of a similarity x similarity
+};
+
+// Entries (i, start + i) of a term's matrix.
+struct Diagonal {
+  int64_t start;
+  bool positive;  // of the row's own pairs: the positive, or a hard negative that hardness weighting tells apart
+  bool weighted;  // its logit gets the hardness penalty
+};
+
+// One direction of the loss.
+struct Term {
+  bool rows_are_queries;
+  bool columns_are_queries;
+  int64_t columns;
+  int64_t group;                  // terms of one group share a softmax
+  bool weighted;                  // entries get the hardness penalty
+  bool duplicates_are_positive;   // else they are excluded
+  int64_t own_column;             // column whose duplicates are row 0's duplicates
+  std::vector<Diagonal> pairs;    // computed row by row, not in the tiles
+  std::vector<int64_t> excluded;  // starts of diagonals that are never in the softmax
+};
+
+enum class Products { kFloat32 = 0, kBFloat16x3 = 1, kBFloat16 = 2 };
+
+struct Problem {
+  Vectors queries, documents, all_queries;  // all_queries: data is null where it is the queries
+  Vectors guide_queries, guide_documents;   // float; data is null without a guide
+  bool bf16 = false;
+  Products products = Products::kFloat32;
+  int64_t rows = 0;        // N
+  int64_t row_offset = 0;  // document of row 0's positive
+  std::vector<Term> terms;
+  int64_t groups = 1;
+  std::vector<Slice> slices;              // [P]
+  std::vector<double> dim_weights;        // [P]
+  const int64_t* query_ids = nullptr;     // of the query columns
+  const int64_t* document_ids = nullptr;  // [M]
+  bool cosine = true;
+  bool bounded = true;  // no logit can be larger than what exp() holds: the softmax needs no maximum
+  double scale = 1;
+  double hardness = 0;
+  double eps = 0;
+  double guide_margin = 0;
+  bool guide_margin_relative = false;
+  const double* weights = nullptr;  // [N], or null for equal weights
+  bool want_gradient = false;
+  int64_t block_bytes = 0;  // most bytes of similarities held at a time
+
+  Vectors& rows_of(const Term& term) { return term.rows_are_queries ? queries : documents; }
+  Vectors& columns_of(const Term& term) {
+    if (!term.columns_are_queries) return documents;
+    return all_queries.data ? all_queries : queries;
+  }
+  int64_t first_row(const Term& term) const { return term.rows_are_queries ? 0 : row_offset; }
+  const int64_t* ids_of(const Term& term) const { return term.columns_are_queries ? query_ids : document_ids; }
+};
+
+struct Result {
+  double loss = 0;
+  double scale_gradient = 0;
+  std::vector<double> losses;  // [N]
+};
+
+// Fills the gradients of the problem's vectors.
+Result contrastive(Problem& problem);
+
+}  // namespace sbert_kernels

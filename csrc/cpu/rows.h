@@ -1,0 +1,58 @@
+// What belongs to the rows of a block: softmax statistics, own pairs, and what follows from them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "problem.h"
+
+namespace sbert_kernels {
+
+// G groups, P prefixes, K own pairs (of all terms together), `ld` rows (the block's, padded).
+class BlockRows {
+ public:
+  BlockRows(const Problem& problem, int64_t ld);
+
+  const int64_t ld;
+
+  // Statistics of the tiles, own pairs apart.
+  std::vector<float> maxima;             // [G, P, ld], of the logits
+  std::vector<float> shift;              // [G, P, ld]
+  std::vector<double> sums;              // [G, P, ld], of exp(logit - shift)
+  std::vector<double> duplicate_counts;  // [G, ld], further positives
+  std::vector<double> duplicate_scores;  // [G, P, ld], sum of their similarities
+
+  // Own pairs: computed row by row in double precision.
+  std::vector<double> pair_scores;  // [K, P, ld], similarities
+  std::vector<char> pair_live;      // [K, ld], in the softmax as a pair
+
+  // What finish() makes of them.
+  std::vector<float> softmax_coefficient;  // [G, P, ld], see WeightTile
+  std::vector<float> positive_share;       // [G, P, ld], see WeightTile
+  std::vector<double> pair_gradient;       // [K, P, ld], of the pairs' similarities
+  std::vector<double> losses;              // [ld]
+
+  int64_t statistic(int64_t group, int64_t prefix) const { return (group * prefixes_ + prefix) * ld; }
+  int64_t pair(int64_t pair, int64_t prefix) const { return (pair * prefixes_ + prefix) * ld; }
+
+  // Begins rows [first, last) of a block.
+  void reset(int64_t first, int64_t last);
+  // Lets a row know of a logit: moves its shift, if it is the largest so far, and its sum along.
+  void raise_shift(int64_t group, int64_t prefix, int64_t row, float maximum);
+  // Loss and gradient factors of one row, whose share in the loss is given.
+  void finish(int64_t row, double share);
+
+ private:
+  void finish_softmax(int64_t row, int64_t group, int64_t prefix, double share);
+
+  const Problem& problem_;
+  const int64_t prefixes_;
+  struct Pair {
+    int64_t group;
+    bool positive;
+    double factor;  // logit / similarity
+  };
+  std::vector<Pair> pairs_;
+};
+
+}  // namespace sbert_kernels

@@ -1,0 +1,197 @@
+// Second phase: gradients of the similarities of a tile of rows, in their place, and of the rows.
+//
+//   g_ij = exp(z_ij) share_i scale / l_i                          gradient of s_ij
+//   h_ij = g_ij / (|r_i| |c_j|), summed over the prefixes that hold a slice, from the widest down
+//   dr_i += sum_j h_ij c_j                                        slice by slice
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "rows.h"
+#include "workspace.h"
+
+namespace sbert_kernels {
+
+template <class P>
+class Weighing {
+  using Element = typename P::Element;
+  using Columns = Operand<P>;
+
+ public:
+  Weighing(Workspace<P>& work, BlockRows& rows, int64_t begin, int64_t count)
+      : work_(work), problem_(work.problem), rows_(rows), begin_(begin), count_(count) {
+    weights_ = buffer<float>(kTileColumns * work.tile_rows);
+    transposed_ = buffer<float>(kTileColumns * work.tile_rows);
+    if constexpr (P::kPaired) {
+      for (auto& part : left_) part = buffer<Element>(kTileColumns * work.tile_rows);
+      panel_ = buffer<Element>(work.queries.panel_size(kTileColumns));
+    }
+    along_.resize(work.prefixes * work.tile_rows);
+  }
+
+  // Gradients of a tile of rows; leaves those of the similarities in place of the similarities.
+  void run(int64_t index) {
+    const RowTile tile = work_.row_tile(index, begin_, count_);
+    if constexpr (P::kPaired) {
+      for (const Term& term : problem_.terms) {
+        if (!problem_.columns_of(term).gradient) continue;
+        work_.rows_of(term).fill_panel(
+            problem_.first_row(term) + tile.first, tile.count, work_.row_panel(term, tile.index));
+      }
+    }
+    size_t pair = 0;
+    for (size_t term = 0; term < problem_.terms.size(); ++term) {
+      std::fill(along_.begin(), along_.end(), 0.0);
+      const int64_t columns = problem_.terms[term].columns;
+      for (int64_t column = 0; column < columns; column += kTileColumns) {
+        weigh_tile(term, tile, column, std::min(kTileColumns, columns - column));
+      }
+      add_along(problem_.terms[term], tile);
+      pull_pairs(problem_.terms[term], pair, tile);
+      pair += problem_.terms[term].pairs.size();
+    }
+  }
+
+ private:
+  void weigh_tile(size_t index, const RowTile& tile, int64_t column, int64_t count) {
+    const Term& term = problem_.terms[index];
+    const Vectors& rows = problem_.rows_of(term);
+    const Vectors& columns = problem_.columns_of(term);
+    TermTile described(problem_, term, tile, column);
+    bool fill = true;
+    for (int64_t prefix = work_.prefixes - 1; prefix >= 0; --prefix) {
+      float* scores = work_.scores_of(index, prefix, column, tile);
+      const int64_t ld = work_.tile_rows;
+      // float weights replace the similarities that they come from; in pairs of bf16 they pass through a buffer.
+      float* weights = P::kPaired ? weights_.get() : scores;
+      const int64_t weights_ld = P::kPaired ? tile.padded : ld;
+      const float* wider = nullptr;
+      if (prefix + 1 < work_.prefixes) {
+        wider = P::kPaired ? weights_.get() : work_.scores_of(index, prefix + 1, column, tile);
+      }
+      work_.row_inverse(rows, prefix, problem_.first_row(term) + tile.first, tile, inverse_);
+      std::fill_n(sums_, tile.padded, 0.0f);
+      const int64_t at = rows_.statistic(term.group, prefix) + tile.offset;
+      tile_kernels().weigh(
+          {scores, wider, weights, ld, weights_ld, weights_ld, count, tile.padded, work_.logit_factor(term.weighted),
+           work_.logit_factor(false), described.duplicates, rows_.shift.data() + at,
+           rows_.softmax_coefficient.data() + at, rows_.positive_share.data() + at, inverse_,
+           columns.inverse_norm.data() + prefix * columns.rows + column, sums_,
+           work_.column_sums_of(index, prefix, tile.index) + column});
+      for (int64_t i = 0; i < tile.count; ++i) along_[prefix * work_.tile_rows + i] += sums_[i];
+
+      if constexpr (P::kPaired) {
+        if (columns.gradient) {
+          for (int64_t j = 0; j < count; ++j) {
+            auto* high = reinterpret_cast<Element*>(scores + j * ld);
+            // The row that completes the last pair: with an infinite column its weight is 0 x inf.
+            if (tile.count < tile.padded) weights[j * weights_ld + tile.count] = 0;
+            tile_kernels().split(
+                weights + j * weights_ld, tile.padded, high, P::kParts == 2 ? high + tile.padded : nullptr);
+          }
+        }
+      }
+      if (rows.gradient) {
+        add_to_rows(term, tile, column, count, prefix, weights, weights_ld, fill);
+        fill = false;
+      }
+    }
+  }
+
+  void add_to_rows(
+      const Term& term, const RowTile& tile, int64_t column, int64_t count, int64_t prefix, const float* weights,
+      int64_t weights_ld, bool fill) {
+    const Vectors& rows = problem_.rows_of(term);
+    const Columns& operand = work_.columns_of(term);
+    const Slice& slice = problem_.slices[prefix];
+    tile_kernels().transpose(weights, weights_ld, count, tile.count, transposed_.get(), kTileColumns);
+    typename Columns::Pointers left;
+    int64_t depth = count;
+    if constexpr (P::kPaired) {
+      depth = round_up(count, 2);
+      for (int64_t i = 0; i < tile.count; ++i) {
+        float* row = transposed_.get() + i * kTileColumns;
+        if (depth > count) row[count] = 0;
+        tile_kernels().split(
+            row, depth, left_[0].get() + i * kTileColumns,
+            P::kParts == 2 ? left_[P::kParts - 1].get() + i * kTileColumns : nullptr);
+      }
+      for (int part = 0; part < P::kParts; ++part) left[part] = left_[part].get();
+    } else {
+      left[0] = transposed_.get();
+    }
+    const auto right = work_.column_panel(operand, column, count, slice, panel_.get(), fill);
+    // [rows, columns] @ [columns, slice] -> [rows, slice]
+    multiply<P>(
+        tile.count, slice.width, depth, left, kTileColumns, right, operand.panel_ld(),
+        rows.gradient + (problem_.first_row(term) + tile.first) * rows.dimension + slice.begin, rows.dimension, true);
+  }
+
+  // What flows through the norms of the rows, and to the scale.
+  void add_along(const Term& term, const RowTile& tile) {
+    Vectors& rows = problem_.rows_of(term);
+    for (int64_t prefix = 0; prefix < work_.prefixes; ++prefix) {
+      double* along = rows.along.data() + prefix * rows.rows + problem_.first_row(term) + tile.first;
+      for (int64_t i = 0; i < tile.count; ++i) {
+        const double sum = along_[prefix * work_.tile_rows + i];
+        along[i] += sum;
+        work_.scale_gradients[tile.first + i] += sum / problem_.scale;
+      }
+    }
+  }
+
+  // Gradients of the own pairs. Each is the only one of its diagonal that touches its column.
+  void pull_pairs(const Term& term, size_t pair, const RowTile& tile) {
+    for (const Diagonal& diagonal : term.pairs) {
+      for (int64_t i = 0; i < tile.count; ++i) {
+        const int64_t row = problem_.first_row(term) + tile.first + i, column = diagonal.start + tile.first + i;
+        if (problem_.bf16) {
+          pull_pair<Bf16>(term, pair, tile.offset + i, row, column);
+        } else {
+          pull_pair<float>(term, pair, tile.offset + i, row, column);
+        }
+      }
+      ++pair;
+    }
+  }
+  template <class T>
+  void pull_pair(const Term& term, size_t pair, int64_t at, int64_t row, int64_t column) {
+    Vectors& rows = problem_.rows_of(term);
+    Vectors& columns = problem_.columns_of(term);
+    const int64_t dimension = rows.dimension;
+    const T* r = static_cast<const T*>(rows.data) + row * dimension;
+    const T* c = static_cast<const T*>(columns.data) + column * dimension;
+    double strength = 0;  // of the dot product, summed over the prefixes that hold a slice
+    for (int64_t prefix = work_.prefixes - 1; prefix >= 0; --prefix) {
+      const int64_t in_rows = prefix * rows.rows + row, in_columns = prefix * columns.rows + column;
+      const double gradient = rows_.pair_gradient[rows_.pair(pair, prefix) + at];
+      const double along = gradient == 0 ? 0 : gradient * rows_.pair_scores[rows_.pair(pair, prefix) + at];
+      rows.along[in_rows] += along;
+      columns.along[in_columns] += along;
+      work_.scale_gradients[begin_ + at] += along / problem_.scale;
+      strength += gradient * rows.inverse_norm[in_rows] * columns.inverse_norm[in_columns];
+      const float factor = static_cast<float>(strength);
+      const Slice& slice = problem_.slices[prefix];
+      const auto pull = [&](float* gradients, int64_t of, const T* partner) {
+        tile_kernels().of<T>().add_scaled(
+            partner + slice.begin, factor, slice.width, gradients + of * dimension + slice.begin);
+      };
+      if (rows.gradient) pull(rows.gradient, row, c);
+      if (columns.gradient) pull(columns.gradient, column, r);
+    }
+  }
+
+  Workspace<P>& work_;
+  Problem& problem_;
+  BlockRows& rows_;
+  const int64_t begin_, count_;
+  Buffer<float> weights_;                        // [columns, rows]
+  Buffer<float> transposed_;                     // [rows, columns]
+  std::array<Buffer<Element>, P::kParts> left_;  // the same in parts
+  Buffer<Element> panel_;
+  std::vector<double> along_;  // [P, rows]
+  float inverse_[kMaxTileRows], sums_[kMaxTileRows];
+};
+
+}  // namespace sbert_kernels

@@ -1,0 +1,207 @@
+"""The operations in C++ (csrc/cpu): tiles that stay in the cache, every option, all Matryoshka prefixes in one pass.
+
+Operands are float32 or bfloat16. Which products float32 operands get follows `torch.set_float32_matmul_precision`:
+
+    "highest"  float32
+    "high"     three bfloat16 products, about 16 bits of mantissa, where the machine has a matrix unit for them (AMX);
+               float32 elsewhere, which is faster there and more exact
+    "medium"   bfloat16, where the machine has instructions for it; float32 elsewhere
+
+bfloat16 operands are multiplied as they are where the machine has instructions for it, float16 ones (and bfloat16 ones
+elsewhere) in float32. Sums, softmax, own pairs and loss are float32 or better in any case.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import extension, settings
+from .blockwise import UNSHIFTED_LOGIT
+from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
+
+# Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
+# costs little. Fewer rows would make the passes over the columns' gradients cost more.
+TARGET_BLOCK_BYTES = 16 * settings.MIB
+LARGEST_BLOCK_BYTES = 48 * settings.MIB
+MIN_BLOCK_ROWS = 256
+
+
+class Products(IntEnum):
+    """How operands are multiplied; the numbers of csrc/cpu/problem.h."""
+
+    FLOAT32 = 0
+    BFLOAT16X3 = 1
+    BFLOAT16 = 2
+
+
+def unsupported(problem: ContrastiveProblem | None) -> str | None:
+    """Why this backend cannot serve a problem (None: the most usual one) on the CPU, or None."""
+    if problem is not None and problem.dtype == torch.float64:
+        return "float64 is computed in torch ops"
+    if problem is not None and problem.guided and problem.guide_queries.dtype == torch.float64:
+        return "the guide is float64"
+    reason = extension.load()
+    if reason is None:
+        _register_fakes()
+    return reason
+
+
+@cache
+def _register_fakes() -> None:
+    torch.library.register_fake("sbert_kernels::contrastive", _fake_contrastive)
+
+
+def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
+    """Loss and gradients of the contrastive operation."""
+    documents = _concatenated(problem.documents)
+    dtypes = {x.dtype for x in (problem.queries, documents, problem.all_queries) if x is not None}
+    products = choose_products(dtypes)
+    # What is not bfloat16 throughout is widened; narrower products convert as they pack.
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and products == Products.BFLOAT16 else torch.float32
+
+    def operand(vectors: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
+        return None if vectors is None else vectors.detach().to(dtype).contiguous()
+
+    scale, weights = problem.scale, problem.weights
+    scale_is_tensor = isinstance(scale, Tensor)
+    loss, *gradients = torch.ops.sbert_kernels.contrastive(
+        operand(problem.queries),
+        operand(documents),
+        operand(problem.all_queries),
+        scale.detach() if scale_is_tensor else None,
+        None if weights is None else weights.detach().to(torch.float64).contiguous(),
+        _ids(problem, problem.query_ids),
+        _ids(problem, problem.document_ids),
+        operand(problem.guide_queries, torch.float32),
+        operand(_concatenated(problem.guide_documents), torch.float32) if problem.guided else None,
+        1.0 if scale_is_tensor else float(scale),
+        _described(problem),
+        problem.dims,
+        problem.dim_weights,
+        problem.similarity == "cos",
+        float(problem.hardness),
+        problem.eps,
+        float(problem.margin),
+        problem.margin_strategy == "relative",
+        problem.row_offset,
+        products,
+        UNSHIFTED_LOGIT,
+        _block_bytes(problem),
+        needs,
+    )
+    gradients = {
+        name: gradient for name, gradient, wanted in zip(Needs._fields, gradients, needs, strict=True) if wanted
+    }
+    if needs.scale:
+        gradients["scale"] = gradients["scale"].reshape(())
+    return ContrastiveResult(loss, **gradients)
+
+
+def choose_products(dtypes: set[torch.dtype]) -> Products:
+    """The products for operands of these types, by torch's precision knob and the machine's instructions.
+
+    Raises:
+        ValueError: SBERT_KERNELS_PRODUCTS asks for products that the machine has no instructions for.
+    """
+    asked_for = settings.get("products")
+    if asked_for is not None:
+        if asked_for != "float32" and not _has_bfloat16():
+            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} needs a machine with AVX512-bf16 or AMX.")
+        return Products[asked_for.upper()]
+    if dtypes == {torch.bfloat16}:
+        return Products.BFLOAT16 if _has_bfloat16() else Products.FLOAT32
+    precision = torch.get_float32_matmul_precision()
+    # float16 has more bits than bfloat16, and no knob of its own.
+    if torch.float32 not in dtypes or precision == "highest":
+        return Products.FLOAT32
+    if precision == "medium":
+        return Products.BFLOAT16 if _has_bfloat16() else Products.FLOAT32
+    return Products.BFLOAT16X3 if _has_matrix_unit() else Products.FLOAT32
+
+
+def _fake_contrastive(
+    queries: Tensor, documents: Tensor, all_queries: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    """Shapes of the operator's results, for torch.compile and other tracing."""
+    *_, needs = options
+    needs = Needs(*needs)
+    like = (queries, documents, queries if all_queries is None else all_queries)
+    gradients = [
+        x.new_empty(x.shape if need else (0,), dtype=torch.float32) for x, need in zip(like, needs[:3], strict=True)
+    ]
+    return (
+        queries.new_empty((), dtype=torch.float32),
+        *gradients,
+        queries.new_empty((int(needs.scale),), dtype=torch.float32),
+        queries.new_empty((queries.shape[0] if needs.weights else 0,), dtype=torch.float32),
+    )
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Instructions for products of bfloat16 pairs, and leave to use them: ATEN_CPU_CAPABILITY may forbid some."""
+    return _allows_avx512() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@cache
+def _has_matrix_unit() -> bool:
+    return _allows_avx512() and torch.cpu._is_amx_tile_supported()
+
+
+def _allows_avx512() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
+    return torch.cat([part.detach().to(dtype) for part in parts])
+
+
+def _ids(problem: ContrastiveProblem, ids: Tensor | None) -> Tensor | None:
+    return None if ids is None or problem.duplicates == "keep" else ids.contiguous()
+
+
+def _block_bytes(problem: ContrastiveProblem) -> int:
+    row_bytes = 4 * len(problem.dims) * sum(term.columns for term in problem.terms())
+    wanted = max(TARGET_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, MIN_BLOCK_ROWS * row_bytes))
+    return min(settings.get("block_bytes"), wanted)
+
+
+def _described(problem: ContrastiveProblem) -> list[int]:
+    """The terms in integers, as csrc/cpu/bindings.cpp reads them."""
+    numbers: list[int] = []
+    for group, terms in enumerate(problem.groups()):
+        for term in terms:
+            weighted = term.direction == "query_to_doc" and problem.hardness > 0
+            own_negatives = _own_negative_pairs(problem, term) if weighted else []
+            pairs = [] if term.positive is None else [(term.positive, True, False)]
+            pairs += own_negatives
+            excluded = () if term.positive is not None else term.excluded
+            numbers += [
+                term.rows_are_queries,
+                term.columns_are_queries,
+                term.columns,
+                group,
+                weighted and problem.hardness_mode != "hard_negatives",
+                term.positive is not None and problem.duplicates == "positive",
+                problem.own_column(term),
+                len(pairs),
+                *(number for pair in pairs for number in pair),
+                len(excluded),
+                *excluded,
+            ]
+    return [int(number) for number in numbers]
+
+
+def _own_negative_pairs(problem: ContrastiveProblem, term: Term) -> list[tuple[int, bool, bool]]:
+    """Own hard negatives, where they are the only documents with the hardness penalty, or the only ones without."""
+    if problem.hardness_mode == "all_negatives":
+        return []
+    return [(start, False, problem.hardness_mode == "hard_negatives") for start in term.own_negatives]

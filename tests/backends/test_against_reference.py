@@ -1,0 +1,271 @@
+"""Backends equal the reference for every option: blockwise in float64, cpu in every product that it has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbert_kernels import contrastive_loss
+from sbert_kernels import settings as library
+from sbert_kernels.backends import cpu
+from sbert_kernels.backends.cpu import Products
+
+DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
+
+
+@pytest.fixture(params=["blockwise", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("compiled")
+    return request.param
+
+
+@st.composite
+def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) -> dict[str, Any]:
+    """Arguments of contrastive_loss over its whole option space, in fp64, of values that every narrower type holds."""
+    similarity = draw(st.sampled_from(["cos", "dot"]))
+    narrowest = narrowest_cosine if similarity == "cos" else 1
+    n, dim, columns = draw(st.integers(1, rows)), draw(st.integers(narrowest, width)), draw(st.integers(1, 4))
+    guided, gathered = draw(st.booleans()), draw(st.booleans())
+    offset, beyond = (draw(st.integers(0, rows // 4)), draw(st.integers(0, rows // 4))) if gathered else (0, 0)
+    world = offset + n + beyond
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def vectors(rows: int, width: int = dim) -> torch.Tensor:
+        return torch.randn(rows, width, generator=generator).bfloat16().double()
+
+    def ids(rows: int) -> torch.Tensor:
+        return torch.randint(0, 1 + n // 2, (rows,), generator=generator)
+
+    partition = draw(st.sampled_from(["joint", "per_direction"]))
+    extra = draw(st.sets(st.sampled_from(DIRECTIONS if partition == "joint" else DIRECTIONS[1:2])))
+    everyone = vectors(world) if gathered and not guided else None
+    # Dot products grow with the square root of the dimension.
+    scale = draw(st.sampled_from([0.5, 19.9, 40.1, 150.0])) / (1 if similarity == "cos" else math.sqrt(dim))
+    problem = {
+        "queries": vectors(n),
+        "documents": [vectors(world) for _ in range(columns)],
+        "all_queries": everyone,
+        "row_offset": offset,
+        "scale": torch.tensor(scale, dtype=torch.float64) if draw(st.booleans()) else scale,
+        "similarity": similarity,
+        "directions": ("query_to_doc", *sorted(extra)),
+        "partition_mode": partition,
+        "hardness_mode": draw(st.sampled_from([None, "in_batch_negatives", "hard_negatives", "all_negatives"])),
+        "hardness_strength": draw(st.sampled_from([0.0, 3.0])),
+        "weights": torch.rand(n, dtype=torch.float64, generator=generator) if draw(st.booleans()) else None,
+        "duplicates": draw(st.sampled_from(["keep", "mask", "positive"])),
+        "query_ids": ids(n if everyone is None else world),
+        "document_ids": ids(world * columns),
+    }
+    if draw(st.booleans()):
+        widths = st.integers(narrowest, dim)
+        prefixes = draw(st.dictionaries(widths, st.sampled_from([1.0, 0.3, -2.0, 0.0]), min_size=1, max_size=8))
+        problem |= {"matryoshka_dims": list(prefixes), "matryoshka_weights": list(prefixes.values())}
+    if guided:
+        problem |= {
+            "guide_queries": vectors(n, 4),
+            "guide_documents": [vectors(world, 4) for _ in range(columns)],
+            "margin_strategy": draw(st.sampled_from(["absolute", "relative"])),
+            "margin": draw(st.sampled_from([0.0, 0.2, -0.5])),
+        }
+    return problem
+
+
+def loss_and_gradients(backend: str, problem: dict[str, Any], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """In fp64, computed in ``dtype``."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(dtype or value.dtype).detach().clone().requires_grad_()
+
+    guide = {"guide_queries": None, "guide_documents": None} | {k: v for k, v in problem.items() if "guide" in k}
+    if guide["guide_queries"] is not None and dtype is not None:
+        # Exclusions are decisions: every type has to take them from the same numbers.
+        guide["guide_queries"] = guide["guide_queries"].float()
+        guide["guide_documents"] = [column.float() for column in guide["guide_documents"]]
+    problem = {k: v if "ids" in k else leaf(v) for k, v in problem.items() if "guide" not in k}
+    documents = [leaf(column) for column in problem.pop("documents")]
+    queries = problem.pop("queries")
+    loss = contrastive_loss(queries, documents, backend=backend, **problem, **guide)
+    others = [problem[key] for key in ("all_queries", "scale", "weights") if isinstance(problem[key], torch.Tensor)]
+    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [queries, *documents, *others]))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem=problems(rows=12, width=9), block_rows=st.integers(1, 14))
+def test_blockwise_equals_the_reference(problem: dict[str, Any], block_rows: int) -> None:
+    row_bytes = 8 * 4 * sum(map(len, problem["documents"]))
+    with library.override(block_bytes=block_rows * row_bytes):
+        ours = loss_and_gradients("blockwise", problem)
+    for value, exact in zip(ours, loss_and_gradients("reference", problem), strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-11)
+
+
+# A product's rounding of its operands, and of the softmax weights between the products.
+UNIT = {Products.FLOAT32: 2.0**-24, Products.BFLOAT16X3: 2.0**-16, Products.BFLOAT16: 2.0**-8}
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (Products.FLOAT32, torch.float32),
+        (Products.BFLOAT16X3, torch.float32),
+        (Products.BFLOAT16, torch.float32),
+        (Products.BFLOAT16, torch.bfloat16),
+    ],
+    ids=["float32", "bfloat16x3", "bfloat16 of float32", "bfloat16"],
+)
+@settings(max_examples=100, deadline=None, derandomize=True)  # limits on rounding errors have tails
+@given(
+    # Cosines of few dimensions have gradients that nearly cancel, and roundings that do not.
+    problem=st.one_of(
+        problems(rows=20, width=24, narrowest_cosine=8), problems(rows=300, width=1100, narrowest_cosine=8)
+    ),
+    block_bytes=st.sampled_from([1, 10_000, 200_000, 64 * library.MIB]),
+)
+def test_cpu_equals_the_reference(
+    kind: Products, dtype: torch.dtype, problem: dict[str, Any], block_bytes: int
+) -> None:
+    """Errors of at most twice those of eager float32, and some roundings of the products' own."""
+    if kind != Products.FLOAT32 and not cpu._has_bfloat16():
+        pytest.skip("this machine has no bfloat16 products")
+    with library.override(block_bytes=block_bytes, products=kind.name.lower()):
+        ours = loss_and_gradients("cpu", problem, dtype)
+    eager = loss_and_gradients("reference", problem, torch.float32)
+    exact = loss_and_gradients("reference", problem)
+    largest_logit = float(problem["scale"]) + problem["hardness_strength"]
+    if problem["similarity"] == "dot":
+        largest_logit *= math.sqrt(problem["queries"].shape[1]) * 4
+    # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.
+    largest_logit = max(1.0, largest_logit) if kind != Products.BFLOAT16 else 1.0
+    total = sum(map(abs, problem.get("matryoshka_weights", [1.0])))
+    for value, other, wanted in zip(ours, eager, exact, strict=True):
+        # Of a gradient that nearly cancels, what cancelled sets the rounding: it is of the size of the loss.
+        size = max(wanted.norm().item(), 1e-2 * total)
+        assert (value - wanted).norm().item() <= 2 * (other - wanted).norm().item() + 8 * UNIT[
+            kind
+        ] * largest_logit * size
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("options", [{}, {"directions": ("query_to_doc", *DIRECTIONS)}, {"similarity": "dot"}])
+def test_every_prefix_at_once_equals_the_reference(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    problem = {
+        "queries": torch.randn(9, 40, dtype=torch.float64),
+        "documents": [torch.randn(9, 40, dtype=torch.float64) for _ in range(2)],
+        "all_queries": None,
+        "scale": torch.tensor(20.0, dtype=torch.float64),
+        "weights": None,
+        "matryoshka_dims": range(1, 41),
+        **options,
+    }
+    exact = loss_and_gradients("reference", problem)
+    for value, wanted in zip(loss_and_gradients("blockwise", problem), exact, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-11 * wanted.abs().max().item())
+    eager = loss_and_gradients("reference", problem, torch.float32)
+    for value, other, wanted in zip(loss_and_gradients("cpu", problem, torch.float32), eager, exact, strict=True):
+        assert (value - wanted).norm() <= 2 * (other - wanted).norm() + 2.0**-22 * wanted.norm()
+
+
+def test_prefixes_of_very_different_norms_keep_their_digits(backend: str) -> None:
+    """Twice eager's error at most: an accumulator may carry one prefix's gradient in units of another's norms."""
+    torch.manual_seed(0)
+    sizes = torch.cat([torch.full((8,), 1e-3), torch.full((24,), 1e3)])
+    problem = {
+        "queries": torch.randn(50, 32) * sizes,
+        "documents": [torch.randn(50, 32) * sizes],
+        "all_queries": None,
+        "scale": 20.0,
+        "weights": None,
+        "matryoshka_dims": [8, 16, 32],
+    }
+    ours, eager, exact = (
+        loss_and_gradients(name, problem, dtype)[1:]
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    )
+    for tensors in zip(ours, eager, exact, strict=True):
+        for value, other, wanted in zip(*(tensor.split(8, dim=1) for tensor in tensors), strict=True):
+            assert (value - wanted).norm() <= 2 * (other - wanted).norm()
+
+
+def test_is_deterministic(backend: str) -> None:
+    torch.manual_seed(0)
+    problem = {
+        "queries": torch.randn(600, 48),
+        "documents": [torch.randn(600, 48)],
+        "all_queries": None,
+        "scale": torch.tensor(20.0),
+        "weights": torch.rand(600),
+        "directions": ("query_to_doc", *DIRECTIONS),
+    }
+    first = loss_and_gradients(backend, problem)
+    for _ in range(20):
+        assert all(map(torch.equal, first, loss_and_gradients(backend, problem)))
+
+
+def test_more_entries_than_a_32_bit_index_counts(backend: str) -> None:
+    """46400^2 > 2^31: the last row, which the weights single out, against its own logsumexp."""
+    n = 46_400
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randn(n, 2, generator=generator) for _ in range(2))
+    weights = torch.zeros(n)
+    weights[-1] = 1.0
+    loss = contrastive_loss(queries, documents, similarity="dot", scale=1.0, weights=weights, backend=backend)
+    logits = documents.double() @ queries[-1].double()
+    expected = torch.logsumexp(logits, 0) - logits[-1]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [30.0, 80.0])
+def test_tiny_losses_keep_their_digits(backend: str, scale: float) -> None:
+    """loss = log(1 + x) and gradient = -x / (1 + x) for x = exp(-scale): eager fp32 gives 0 for both."""
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    loss = contrastive_loss(queries, queries.detach().clone(), scale=scale, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, queries)
+    assert loss.item() == pytest.approx(math.exp(-scale), rel=1e-4)
+    assert gradient[0, 1].item() == pytest.approx(scale / 2 * math.exp(-scale), rel=1e-4)
+
+
+def test_an_infinite_logit_leaves_the_finite_ones_of_its_row_a_gradient(backend: str) -> None:
+    """Their share is zero, and what they pull is pulled by nothing: not by 0 x inf."""
+    torch.manual_seed(0)
+    queries, documents = torch.rand(6, 4, requires_grad=True), torch.rand(6, 4) + 30.0
+    documents[5, 0] = math.inf
+    documents.requires_grad_()
+    loss = contrastive_loss(queries, documents, scale=5.0, similarity="dot", backend=backend)
+    (ours,) = torch.autograd.grad(loss, documents)
+    logits = 5.0 * queries @ documents.T
+    (exact,) = torch.autograd.grad((torch.logsumexp(logits, 1) - logits.diagonal()).mean(), documents)
+    assert exact[:5].isfinite().all()
+    torch.testing.assert_close(ours[:5], exact[:5])
+
+
+def test_a_guided_row_below_eps(backend: str) -> None:
+    """Guided, the least norm is that of torch's CosineSimilarity, 1e-8: a norm of 1e-10 is divided by it."""
+    torch.manual_seed(0)
+    queries, documents, guide = torch.randn(6, 4), torch.randn(6, 4), torch.randn(6, 3)
+    queries[2] *= 1e-10
+    options = {"guide_queries": guide, "guide_documents": guide, "margin": -2.0}  # excludes nothing
+    loss = contrastive_loss(queries, documents, backend=backend, **options)
+    logits = 20 * F.normalize(queries, eps=1e-8) @ F.normalize(documents).T
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(6)), rtol=1e-5, atol=0)
+
+
+def test_texts_that_are_all_equal_exclude_none(backend: str) -> None:
+    """Copies of the positive tie with it in the guide's eyes, in whichever tile they lie."""
+    n = 300
+    generator = torch.Generator().manual_seed(0)
+    queries, guide_queries = (torch.randn(n, 24, generator=generator) for _ in range(2))
+    text, guide_text = (torch.randn(1, 24, generator=generator).expand(n, 24) for _ in range(2))
+    loss = contrastive_loss(queries, text, guide_queries=guide_queries, guide_documents=guide_text, backend=backend)
+    assert loss.item() == pytest.approx(math.log(n), rel=1e-6)
