@@ -51,6 +51,7 @@ def test_every_binding_is_replaced_and_restored() -> None:
         assert getattr(sys.modules[MODULES[name]], name) is getattr(losses, name)
     cached = sys.modules[MODULES["CachedMultipleNegativesRankingLoss"]]
     assert cached.MultipleNegativesRankingLoss is losses.MultipleNegativesRankingLoss
+    assert sys.modules[stock.Matryoshka2dLoss.__module__].MatryoshkaLoss is losses.MatryoshkaLoss
     assert not set(STOCK.values()) & set(bound().values())
     unpatch()
     assert bound() == before

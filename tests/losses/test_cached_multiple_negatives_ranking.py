@@ -180,21 +180,22 @@ def test_two_forwards_then_two_backwards(
 
 
 class Scaled(nn.Module):
-    """How a loss is wrapped in the test below, and the stock options that go with it."""
+    """A loss, wrapped or not, with a scale."""
 
     def __init__(self, wrapper: str, model: Any, cached: bool, scale: Any) -> None:
         super().__init__()
         cls = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
         options = {"mini_batch_size": 3} if cached else {}
         self.loss = cls(model, scale=scale, directions=ALL_DIRECTIONS, **options)
-        if wrapper == "matryoshka":
-            self.loss = stock.MatryoshkaLoss(model, self.loss, [32, 16, 8], [1.0, 0.5, 2.0])
+        if wrapper != "none":
+            module = stock if wrapper == "stock matryoshka" else losses
+            self.loss = module.MatryoshkaLoss(model, self.loss, [32, 16, 8], [1.0, 0.5, 2.0])
 
     def forward(self, *arguments: Any) -> Tensor:
         return self.loss(*arguments)
 
 
-@pytest.mark.parametrize("wrapper", ["none", "matryoshka"])
+@pytest.mark.parametrize("wrapper", ["none", "matryoshka", "stock matryoshka"])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
 def test_learnable_scale_sees_every_factor_of_the_loss(

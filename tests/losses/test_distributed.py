@@ -24,6 +24,9 @@ class Embedded(nn.Sequential):
         super().__init__(nn.Identity())
         self.key = key
 
+    def get_embedding_dimension(self) -> int:
+        return 6
+
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"sentence_embedding": features[self.key]}
 
@@ -59,6 +62,10 @@ def plain(module: Any, gather: bool, **options: Any) -> nn.Module:
     )
 
 
+def matryoshka(module: Any, inner: nn.Module) -> nn.Module:
+    return module.MatryoshkaLoss(inner.model, inner, [2, 6, 3], [1.0, 0.5, 2.0])
+
+
 def run(loss: nn.Module, columns: list[dict[str, Tensor]]) -> list[Tensor]:
     features = [{**column, "embedding": column["embedding"].clone().requires_grad_()} for column in columns]
     value = loss(features, None)
@@ -88,6 +95,10 @@ def worker(rank: int, folder: str) -> None:
         "mask": run(plain(losses, True, duplicates="mask"), mine),
         "gist": run(gist(losses, True), mine),
         "gist stock": run(gist(stock, True), mine),
+        "matryoshka": run(matryoshka(losses, plain(losses, True)), mine),
+        "matryoshka gist": run(matryoshka(losses, gist(losses, True)), mine),
+        "matryoshka gist stock": run(matryoshka(stock, gist(stock, True)), mine),
+        "matryoshka stock": run(matryoshka(stock, plain(stock, True)), mine),
     }
     for name, gather in (("scale gathered", True), ("scale alone", False)):
         loss = plain(losses, gather, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
@@ -126,13 +137,17 @@ def union_of(ranks: Any, name: str) -> list[Tensor]:
     return [torch.stack(values).mean(), *(torch.cat(column) / WORLD for column in gradients)]
 
 
-@pytest.mark.parametrize("name", ["plain", "cached 1", "cached 5", "mask", "gist"])
+@pytest.mark.parametrize("name", ["plain", "cached 1", "cached 5", "mask", "gist", "matryoshka"])
 def test_two_ranks_equal_the_union(ranks: Any, close: Any, name: str) -> None:
-    losses_of = {"mask": lambda: plain(losses, False, duplicates="mask"), "gist": lambda: gist(stock, False)}
+    losses_of = {
+        "mask": lambda: plain(losses, False, duplicates="mask"),
+        "gist": lambda: gist(stock, False),
+        "matryoshka": lambda: matryoshka(stock, plain(stock, False)),
+    }
     close(union_of(ranks, name), run(losses_of.get(name, lambda: plain(stock, False))(), union()))
 
 
-@pytest.mark.parametrize("name", ["plain", "gist"])
+@pytest.mark.parametrize("name", ["plain", "gist", "matryoshka", "matryoshka gist"])
 def test_each_rank_equals_stock_on_that_rank(ranks: Any, close: Any, name: str) -> None:
     for results, _ in ranks:
         close(results[name], results[f"{name} stock"])

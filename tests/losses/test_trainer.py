@@ -27,6 +27,9 @@ RECIPES: dict[str, Callable[[Any], nn.Module]] = {
     "matryoshka": lambda model: namespace.MatryoshkaLoss(
         model, namespace.MultipleNegativesRankingLoss(model), [32, 16]
     ),
+    "matryoshka-2d": lambda model: namespace.Matryoshka2dLoss(
+        model, namespace.MultipleNegativesRankingLoss(model), [32, 16]
+    ),
     "matryoshka-cached": lambda model: namespace.MatryoshkaLoss(
         model, namespace.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3), [32, 16]
     ),

@@ -10,6 +10,7 @@ from .cached_multiple_negatives_ranking import (
     CachedMultipleNegativesSymmetricRankingLoss,
 )
 from .gist_embed import GISTEmbedLoss
+from .matryoshka import MatryoshkaLoss
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
     "GISTEmbedLoss",
+    "MatryoshkaLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",
 ]

@@ -7,7 +7,7 @@ no chunks to bound its memory, and gathers across devices once, not once a chunk
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 from typing_extensions import deprecated
 
+from ._prefixes import WHOLE, Prefixes
 from ._scale import backward_to_reps, learnable, plain_scale, with_scale_gradient
 from ._serving import serves
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_duplicates
@@ -75,7 +76,12 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
         return self.loss.duplicates
 
     def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+        self,
+        reps: list[list[Tensor]],
+        labels: Tensor | None = None,
+        *,
+        with_backward: bool = False,
+        prefixes: Prefixes = WHOLE,
     ) -> Tensor:
         """The loss of the whole batch from its mini-batches of embeddings; see stock.
 
@@ -83,12 +89,13 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
         detached from all of them. It still carries the gradient of a learnable scale, so that whatever multiplies the
         loss later (a weight, a gradient scaler) reaches the scale as well.
         """
-        if len(reps) < 2 or not self._serves([part for column in reps for part in column]):
+        if len(reps) < 2 or (prefixes is WHOLE and not self.serves([part for column in reps for part in column])):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
-        loss = self.loss.compute_loss([torch.cat(column) for column in reps], labels, stock)
+        loss = self.loss.compute_loss([torch.cat(column) for column in reps], labels, stock, prefixes)
         return backward_to_reps(loss, reps, self.scale) if with_backward else loss
 
-    def _serves(self, reps: list[Tensor]) -> bool:
+    def serves(self, reps: Sequence[Tensor] = ()) -> bool:
+        """Whether the fused operation computes the loss stage (of these embeddings); see :func:`._serving.serves`."""
         if not isinstance(self.loss, MultipleNegativesRankingLoss):
             return serves(self, "its inner loss was replaced")
         # Stock accumulates the gradient of a learnable scale in the forward pass, whatever multiplies the loss later.

@@ -13,6 +13,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from ..ops.contrastive import contrastive_loss
+from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
 from ._serving import serves
 
@@ -25,9 +26,19 @@ class GISTEmbedLoss(stock.GISTEmbedLoss):
     computed by stock, which is logged once. The ``temperature`` may be a 0-d ``torch.nn.Parameter``.
     """
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+    def serves(self) -> bool:
+        """Whether the fused operation computes the loss; see :func:`._serving.serves`."""
+        return serves(self, changed_computation(self, stock.GISTEmbedLoss))
+
+    def forward(
+        self,
+        sentence_features: Iterable[dict[str, Tensor]],
+        labels: Tensor | None = None,
+        *,
+        prefixes: Prefixes = WHOLE,
+    ) -> Tensor:
         sentence_features = list(sentence_features)
-        if not serves(self, changed_computation(self, stock.GISTEmbedLoss)):
+        if prefixes is WHOLE and not self.serves():
             return super().forward(sentence_features, labels)
         # The guide gets copies: it writes its outputs into its features, and wrappers reuse the model's.
         guide_features = [dict(features) for features in sentence_features]
@@ -38,7 +49,7 @@ class GISTEmbedLoss(stock.GISTEmbedLoss):
             guide_embeddings = stock.embed_columns(self.guide, guide_features)
         if len(embeddings) not in (2, 3):
             raise ValueError(f"Expected 2 or 3 embeddings, got {len(embeddings)}")
-        return guided_loss(self, embeddings, guide_embeddings, stock)
+        return guided_loss(self, embeddings, guide_embeddings, stock, prefixes)
 
     def get_config_dict(self) -> dict[str, Any]:
         return plain_scale(super().get_config_dict())
@@ -54,7 +65,13 @@ class GISTEmbedLoss(stock.GISTEmbedLoss):
         return batch_to_device(self.guide.preprocess(texts), self.guide.device)
 
 
-def guided_loss(loss: Any, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], namespace: Any) -> Tensor:
+def guided_loss(
+    loss: Any,
+    embeddings: Sequence[Tensor],
+    guide_embeddings: Sequence[Tensor],
+    namespace: Any,
+    prefixes: Prefixes = WHOLE,
+) -> Tensor:
     """The GIST loss of one column of embeddings [N, D], and of the guide's, for each of anchor, positive, negatives.
 
     ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used.
@@ -84,6 +101,8 @@ def guided_loss(loss: Any, embeddings: Sequence[Tensor], guide_embeddings: Seque
         margin_strategy=loss.margin_strategy,
         margin=loss.margin,
         row_offset=offset,
+        matryoshka_dims=prefixes.dims,
+        matryoshka_weights=prefixes.weights,
     )
 
 

@@ -21,6 +21,7 @@ from typing_extensions import deprecated
 from .. import settings
 from ..backends.problem import DUPLICATES
 from ..ops.contrastive import contrastive_loss
+from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
@@ -78,10 +79,19 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         )
         self.duplicates = check_duplicates(duplicates)
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        sentence_features: Iterable[dict[str, Tensor]],
+        labels: Tensor | None = None,
+        *,
+        prefixes: Prefixes = WHOLE,
+    ) -> Tensor:
         sentence_features = list(sentence_features)
         with self.ids_of(sentence_features):
-            return super().forward(sentence_features, labels)
+            if prefixes is WHOLE:
+                return super().forward(sentence_features, labels)
+            embeddings = stock.embed_columns(self.model, sentence_features)
+            return self.compute_loss(embeddings, labels, stock, prefixes)
 
     @contextmanager
     def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
@@ -98,8 +108,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         return self.compute_loss(embeddings, labels, stock)
 
-    def serves(self, embeddings: Sequence[Tensor], new_options: dict[str, Any] | None = None) -> bool:
-        """Whether the fused operation computes the loss of these embeddings; see :func:`._serving.serves`."""
+    def serves(self, embeddings: Sequence[Tensor] = (), new_options: dict[str, Any] | None = None) -> bool:
+        """Whether the fused operation computes the loss (of these embeddings); see :func:`._serving.serves`."""
         unsupported = unsupported_embeddings(embeddings)
         if similarity_of(self.similarity_fct) is None:
             unsupported = (
@@ -111,12 +121,15 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         """The options that stock does not have, where they are set."""
         return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
 
-    def compute_loss(self, embeddings: list[Tensor], labels: Tensor | None, namespace: Any) -> Tensor:
+    def compute_loss(
+        self, embeddings: list[Tensor], labels: Tensor | None, namespace: Any, prefixes: Prefixes = WHOLE
+    ) -> Tensor:
         """The loss of one column of embeddings [N, D] for each of query, positive, negatives.
 
-        ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used.
+        ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used. Prefixes are
+        for the fused operation only: ask :meth:`serves` first.
         """
-        if len(embeddings) < 2 or not self.serves(embeddings):
+        if len(embeddings) < 2 or (prefixes is WHOLE and not self.serves(embeddings)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         queries, *documents = embeddings
         query_ids, document_ids = self._column_ids(embeddings)
@@ -130,7 +143,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
             queries,
             documents,
             scale=as_scale(self.scale),
-            similarity=similarity_of(self.similarity_fct),
+            # MatryoshkaLoss normalises every prefix, whatever compares them then.
+            similarity=similarity_of(self.similarity_fct) if prefixes is WHOLE else "cos",
             directions=self.directions,
             partition_mode=self.partition_mode,
             hardness_mode=self.hardness_mode,
@@ -140,6 +154,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
             duplicates=self.duplicates,
             all_queries=all_queries,
             row_offset=offset,
+            matryoshka_dims=prefixes.dims,
+            matryoshka_weights=prefixes.weights,
         )
 
     def _column_ids(self, embeddings: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
