@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +44,10 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 20.0  # what the options make of it; the inputs are drawn for it
     terms: int = 1
+    dims: tuple[int, ...] = ()  # in a MatryoshkaLoss with these prefixes
+    dtype: str | None = None  # of the embeddings, where it is not --dtype
+    precision: str = "highest"  # of float32 products, as torch.set_float32_matmul_precision has it
+    alone: bool = False  # stock cannot run it: parity is that of a small batch, and only ours is timed
     rounds: int = 1  # how many for each of --repeats: short calls need more samples
     uncompiled: str | None = None  # why torch.compile is no peer here
     timed: bool = True
@@ -62,39 +65,44 @@ class Case:
 MNR = "MultipleNegativesRankingLoss"
 FOUR_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+UNTRACEABLE = "the loss stage runs a backward for each of its mini-batches, which torch.compile can't trace"
 CASES = {
-    "mnr-large": Case(MNR, 8192, 32768),
-    "mnr-negatives": Case(MNR, 2048, 8192, dim=768, negatives=3),
-    "mnr-medium": Case(MNR, 512, 4096, rounds=4),
-    "mnr-small": Case(MNR, 64, 512, rounds=20),
-    "directions": Case(MNR, 4096, 16384, options={"directions": FOUR_DIRECTIONS}, terms=4),
+    "mnr": Case(MNR, 8192, 32768),
+    "mnr-high": Case(MNR, 8192, 32768, precision="high"),
+    "mnr-medium": Case(MNR, 8192, 32768, precision="medium"),
+    "mnr-bfloat16": Case(MNR, 8192, 32768, dtype="bfloat16"),
+    "negatives": Case(MNR, 2048, 8192, dim=768, negatives=3),
+    "mnr-512": Case(MNR, 512, 4096, rounds=4),
+    "mnr-64": Case(MNR, 64, 512, rounds=20),
+    "directions": Case(MNR, 4096, 16384, options={"directions": FOUR_DIRECTIONS}, terms=4, precision="high"),
     "symmetric": Case(MNR, 4096, 16384, options=SYMMETRIC, terms=2),
     "gist": Case("GISTEmbedLoss", 512, 2048, scale=100.0, terms=3),
+    "gist-large": Case("GISTEmbedLoss", 8192, 32768, scale=100.0, terms=3, alone=True, memory=(OURS,)),
+    "matryoshka": Case(MNR, 8192, 32768, dim=512, dims=(512, 256, 128, 64, 32), precision="high"),
+    "matryoshka-bfloat16": Case(MNR, 8192, 32768, dim=512, dims=(512, 256, 128, 64, 32), dtype="bfloat16"),
     "cached": Case(
         f"Cached{MNR}",
         8192,
         32768,
+        dim=768,
         options={"mini_batch_size": 64},
-        uncompiled="the loss stage runs a backward for each of its mini-batches, which torch.compile can't trace",
+        precision="high",
+        uncompiled=UNTRACEABLE,
     ),
     "memory": Case(MNR, 16384, 65536, timed=False),
-    "memory-large": Case(MNR, 65536, 262144, timed=False, memory=(OURS,)),
+    "memory-large": Case(MNR, 65536, 262144, dim=768, timed=False, memory=(OURS,)),
 }
 LARGE = ("memory-large",)
+PEERS = ("stock", "stock float32", "compiled", "ours")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options to a parser."""
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"which cases: {', '.join(CASES)}")
-    parser.add_argument("--large", action="store_true", help=f"add {', '.join(LARGE)} (about a minute on two cores)")
-    parser.add_argument("--quick", action="store_true", help=f"batches of {QUICK_BATCH} at most, no compiled peer")
+    parser.add_argument("--large", action="store_true", help=f"add {', '.join(LARGE)} (three minutes on two cores)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
-    parser.add_argument("--threads", type=int, help="torch threads; default: as torch chooses")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each case (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("sbert-kernels-bench"), help="folder (default: %(default)s)"
-    )
+    harness.add_arguments(parser, quick=f"batches of {QUICK_BATCH} at most, no compiled peer", repeats=5)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -125,25 +133,38 @@ def run(args: argparse.Namespace) -> None:
                 case = replace(case, batch=case.cuda_batch)
             if args.quick:
                 case = replace(case, batch=min(case.batch, QUICK_BATCH), uncompiled=case.uncompiled or "quick run")
-            row = _run_case(name, case, dtype, args.device, args.repeats * case.rounds, progress.set_description)
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(case.precision)
+            try:
+                row = _run_case(
+                    name,
+                    case,
+                    DTYPES[case.dtype] if case.dtype else dtype,
+                    args.device,
+                    args.repeats * case.rounds,
+                    progress.set_description,
+                )
+            finally:
+                torch.set_float32_matmul_precision(before)
             if case.timed and "ours ms" not in row:
                 failed.append(name)
             report.rows.append(row)
-    print(report.markdown())
-    paths = report.write(args.output)
-    print("\n".join(str(path) for path in paths))
-    if failed:
-        raise SystemExit(f"parity failed: {', '.join(failed)}")
+    harness.finish(report, args.output, failed)
 
 
 def _run_case(
     name: str, case: Case, dtype: torch.dtype, device: str, repeats: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": f"{name} N={case.batch} D={case.dim}"}
+    row: dict[str, Any] = {
+        "case": f"{name} N={case.batch} D={case.dim}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "precision": case.precision,
+    }
     notes = []
     if case.timed:
         say(f"{name}: parity")
-        error, stock_error, limit = _parity(case, dtype, device)
+        compared = replace(case, batch=min(case.batch, QUICK_BATCH)) if case.alone else case
+        error, stock_error, limit = _parity(compared, dtype, device)
         row["parity"] = error
         if dtype != torch.float32:
             row["stock's own error"] = stock_error
@@ -152,12 +173,12 @@ def _run_case(
         say(f"{name}: time")
         timings, why_not = _timings(case, dtype, device, repeats)
         notes += [why_not] if why_not else []
-        for peer in ("stock", "compiled", "ours"):
+        for peer in PEERS:
             timing = timings.get(peer, harness.Timing())
             row[f"{peer} ms"] = timing.error or timing.median_s * 1e3
             row[f"{peer} samples ms"] = [seconds * 1e3 for seconds in timing.samples]
         ours = timings["ours"].median_s
-        for peer in ("stock", "compiled"):
+        for peer in PEERS[:-1]:
             row[f"{peer}/ours"] = timings.get(peer, harness.Timing()).median_s / ours
         say(f"{name}: matrix products")
         products = _product_seconds(case, dtype, device, repeats)
@@ -185,10 +206,14 @@ class Embedded(nn.Sequential):
 
     max_seq_length = 512
 
-    def __init__(self, key: str, tokenizer: Any = None) -> None:
+    def __init__(self, key: str, tokenizer: Any = None, dim: int | None = None) -> None:
         super().__init__(nn.Identity())  # the losses look at model[0]
         self.key = key
         self.tokenizer = tokenizer
+        self.dim = dim
+
+    def get_embedding_dimension(self) -> int | None:
+        return self.dim
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"sentence_embedding": features[self.key]}
@@ -196,7 +221,11 @@ class Embedded(nn.Sequential):
 
 def make_loss(library: str, case: Case) -> nn.Module:
     """The loss of the case out of a library (the name of a module), on a model that returns its inputs."""
-    loss_class = getattr(importlib.import_module(library), case.loss)
+    losses = importlib.import_module(library)
+    loss_class = getattr(losses, case.loss)
+    if case.dims:
+        model = Embedded("embedding", dim=case.dim)
+        return losses.MatryoshkaLoss(model, loss_class(model, **case.options), case.dims)
     if not case.guided:
         return loss_class(Embedded("embedding"), **case.options)
     from tokenizers import Tokenizer
@@ -264,6 +293,7 @@ def make_step(
 
 def prepare(library: str, case: Case, dtype: torch.dtype, device: str) -> Callable[[], float]:
     """For `run_in_process`: imports, a warm-up on a tiny batch, the inputs; what it returns is metered."""
+    torch.set_float32_matmul_precision(case.precision)
     loss = make_loss(library, case)
     tiny = replace(case, batch=64)
     make_step(loss, tiny, make_inputs(tiny, dtype, device))[0]()
@@ -300,9 +330,15 @@ def _loss_and_gradients(library: str, case: Case, inputs: list[dict[str, Tensor]
 
 
 def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple[dict[str, harness.Timing], str | None]:
-    """Seconds of stock, compiled and ours; and why there is no compiled peer, if there is none."""
+    """Seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
     inputs = make_inputs(case, dtype, device)
+    ours = make_step(make_loss(OURS, case), case, inputs)[0]
+    if case.alone:
+        return harness.measure({"ours": ours}, repeats=repeats), "stock cannot run it: parity of a small batch"
     contenders = {"stock": make_step(make_loss(STOCK, case), case, inputs)[0]}
+    if dtype != torch.float32:  # most who train in low precision have a loss in float32 to compare with
+        wide = [{key: value.float() for key, value in column.items()} for column in inputs]
+        contenders["stock float32"] = make_step(make_loss(STOCK, case), case, wide)[0]
     why_not = f"not compiled: {case.uncompiled}" if case.uncompiled else None
     if not case.uncompiled:
         torch.compiler.reset()  # or the shapes of an earlier case would make this one's dynamic
@@ -314,14 +350,13 @@ def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple
             contenders["compiled"] = compiled
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, say
             why_not = f"not compiled: {str(error).strip().splitlines()[0]}"
-    contenders["ours"] = make_step(make_loss(OURS, case), case, inputs)[0]
-    return harness.measure(contenders, repeats=repeats), why_not
+    return harness.measure(contenders | {"ours": ours}, repeats=repeats), why_not
 
 
 def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) -> float:
     """Seconds of the matrix products of one step, as plain GEMMs: similarities, dR and dC for each term.
 
-    A guide adds one product a term: its own similarities.
+    A guide adds one product a term: its own similarities. Narrower prefixes of a MatryoshkaLoss add none.
     """
     rows, columns, dim = case.batch, case.batch * (1 + case.negatives), case.dim
     similarities = harness.gemm_seconds(rows, columns, dim, dtype, repeats, device)  # [N, D] @ [D, M]

@@ -7,6 +7,7 @@ memory is a result, not a crash. `report`, beside this file, writes the numbers 
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import importlib
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,14 +31,17 @@ from typing import Any
 
 import torch
 
-from sbert_kernels.benchmarks.report import Chart, Report
+from sbert_kernels.benchmarks.report import Chart, Report, StackedChart
 
 __all__ = [
     "OUT_OF_MEMORY",
     "Chart",
     "ProcessResult",
     "Report",
+    "StackedChart",
     "Timing",
+    "add_arguments",
+    "finish",
     "gemm_seconds",
     "machine",
     "machine_line",
@@ -46,6 +50,27 @@ __all__ = [
 ]
 
 OUT_OF_MEMORY = "out of memory"
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, quick: str, repeats: int) -> None:
+    """Adds the options that every benchmark has; `quick` says what a quick run leaves out."""
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--threads", type=int, help="torch threads; default: as torch chooses")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds of each case (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("sbert-kernels-bench"), help="folder (default: %(default)s)"
+    )
+
+
+def finish(report: Report, output: Path, failed: Sequence[str]) -> None:
+    """Prints the report's table, writes its files and says where; exits non-zero if cases failed parity."""
+    print(report.markdown())
+    print("\n".join(str(path) for path in report.write(output)))
+    if failed:
+        raise SystemExit(f"parity failed: {', '.join(failed)}")
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------

@@ -15,15 +15,32 @@ from typing import Any
 
 _OURS_COLOUR = "#c2410c"
 _PEER_COLOURS = ("#94a3b8", "#475569", "#cbd5e1", "#1e293b")
+# From what ours has nothing to do with (greys) to what it replaces (warm).
+_PART_COLOURS = ("#cbd5e1", "#94a3b8", "#c2410c", "#fb923c", "#64748b", "#334155", "#e2e8f0")
 _NOTHING = "-"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One panel of horizontal bars. `bars` maps a name in the legend to a column; the first bar is ours."""
+    """One panel of horizontal bars. `bars` maps a name in the legend to a column; the first bar is ours.
+
+    The first column names the row.
+    """
 
     label: str
     bars: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StackedChart:
+    """One panel with a bar for each row, of parts laid end to end. `bars` maps a name in the legend to a column.
+
+    `names` are the columns that together name the row.
+    """
+
+    label: str
+    bars: Mapping[str, str]
+    names: Sequence[str]
 
 
 @dataclass
@@ -32,14 +49,14 @@ class Report:
 
     A row maps the name of a column to a number, a text (such as "out of memory"), None or a list. None and nan print as
     a dash and are null in the JSON; lists (raw samples) are for the JSON only; a column without any value is not
-    printed. The first column names the row in the charts. `name` is the stem of the files that `write` makes.
+    printed. `name` is the stem of the files that `write` makes.
     """
 
     title: str
     name: str
     machine: Mapping[str, Any] = field(default_factory=dict)
     machine_line: str = ""
-    charts: Sequence[Chart] = ()
+    charts: Sequence[Chart | StackedChart] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, **columns: Any) -> None:
@@ -76,18 +93,25 @@ class Report:
         except ImportError:
             print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
             return False
-        heights = [0.8 + 0.22 * len(rows) * (len(chart.bars) + 0.6) for chart, rows in panels]
+        bars = [1 if isinstance(chart, StackedChart) else len(chart.bars) for chart, _ in panels]
+        heights = [0.8 + 0.22 * len(rows) * (count + 0.6) for (_, rows), count in zip(panels, bars, strict=True)]
         figure = Figure(figsize=(10, sum(heights) + 0.9), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(self.title, fontsize=12, fontweight="bold")
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axis, (chart, rows) in zip(axes, panels, strict=True):
-            _draw(axis, chart, rows)
+            axis.set_title(chart.label, loc="left", fontsize=10)
+            if isinstance(chart, StackedChart):
+                named = {", ".join(_cell(row.get(key)) for key in chart.names): row for row in rows}
+                stacks = {name: {part: row.get(key) for part, key in chart.bars.items()} for name, row in named.items()}
+                draw_stacks(axis, stacks)
+            else:
+                _draw(axis, chart, rows)
         figure.supxlabel(self.machine_line, fontsize=6, color="#64748b")
         figure.savefig(path, dpi=150)
         return True
 
-    def _rows_of(self, chart: Chart) -> list[dict[str, Any]]:
+    def _rows_of(self, chart: Chart | StackedChart) -> list[dict[str, Any]]:
         return [row for row in self.rows if any(_positive(row.get(key)) for key in chart.bars.values())]
 
 
@@ -116,13 +140,33 @@ def _draw(axis: Any, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlim(left, max(values) * 4)  # room for the text at the longest bar
     axis.set_ylim(place - 1, -0.8)
     axis.set_yticks(ticks, [_cell(next(iter(row.values()))) for row in rows], fontsize=9)
-    axis.set_title(chart.label, loc="left", fontsize=10)
     axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axis.get_legend_handles_labels()
     legend = {name: handle for handle, name in zip(handles, labels, strict=True)}
     axis.legend(legend.values(), legend, ncols=len(legend), fontsize=9, frameon=False, loc=(0.55, 1.0))
+
+
+def draw_stacks(axis: Any, stacks: Mapping[str, Mapping[str, float]]) -> None:
+    """One horizontal bar a name, of its parts in the order of the first that has any, with their sum at the end."""
+    parts = next((list(stack) for stack in stacks.values() if stack), [])
+    places = range(len(stacks))
+    ends = [0.0] * len(stacks)
+    for part, colour in zip(parts, _PART_COLOURS, strict=False):
+        widths = [stack.get(part, 0.0) for stack in stacks.values()]
+        axis.barh(places, widths, left=ends, height=0.7, color=colour, label=part)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    for place, end, stack in zip(places, ends, stacks.values(), strict=True):
+        axis.text(end, place, f" {_cell(end) if stack else _NOTHING}", va="center", fontsize=8)
+    axis.set_xlim(0, max(ends) * 1.12 or 1)
+    axis.set_ylim(len(stacks) - 0.4, -0.6)
+    axis.set_yticks(places, list(stacks), fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    if parts:
+        axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _positive(value: Any) -> bool:

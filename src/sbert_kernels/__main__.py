@@ -25,24 +25,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.set_defaults(run=demo.run)
 
     bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
-    subjects = bench.add_subparsers(dest="subject", required=True, metavar="contrastive")
-    from .benchmarks import contrastive
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="contrastive | accuracy | training")
+    from .benchmarks import accuracy, contrastive, training
 
-    subject = subjects.add_parser("contrastive", help="the in-batch-negatives losses, from embeddings to gradients")
-    contrastive.add_arguments(subject)
-    subject.set_defaults(run=contrastive.run)
+    for module, text in (
+        (contrastive, "the in-batch-negatives losses, from embeddings to gradients"),
+        (accuracy, "errors of the contrastive loss and its gradients in every number format"),
+        (training, "whole training steps of a static-embedding model, and what they are made of"),
+    ):
+        subject = subjects.add_parser(module.__name__.rpartition(".")[2], help=text)
+        module.add_arguments(subject)
+        subject.set_defaults(run=module.run)
 
     arguments = parser.parse_args(argv)
     return arguments.run(arguments) or 0
 
 
 def _info(_: argparse.Namespace) -> int:
-    from . import backends, settings
+    from . import backends, extension, settings
     from .benchmarks.harness import machine
 
     print(f"sbert-kernels {__version__}")
     for key, value in machine().items():
         print(f"  {key}: {value}")
+    print(f"  compiled CPU kernels: {extension.describe()}")
     print("\noperations")
     for operation in backends.OPERATIONS:
         choice = backends.choose(operation)

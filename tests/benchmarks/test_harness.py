@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sbert_kernels.benchmarks import harness
+from sbert_kernels.benchmarks import report as report_module
 
 MIB = 2**20
 
@@ -134,6 +135,21 @@ def test_report_writes_json_markdown_and_plot(tmp_path: Path):
     assert content["rows"][1]["stock/ours"] is None
     assert "2 cores" in paths[1].read_text()
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stacked_chart_has_a_bar_for_each_row_that_has_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = {}
+    monkeypatch.setattr(report_module, "draw_stacks", lambda axis, stacks: drawn.update(stacks))
+    chart = harness.StackedChart("ms", {"load": "load ms", "compute": "compute ms"}, names=("case", "side"))
+    report = harness.Report("A title", "parts", charts=[chart])
+    report.add(**{"case": "small", "side": "stock", "load ms": 1.0, "compute ms": 2.5})
+    report.add(**{"case": "small", "side": "ours", "load ms": 1.0, "compute ms": 1.5})
+    report.add(**{"case": "large", "side": "stock", "step ms": harness.OUT_OF_MEMORY})
+    report.write(tmp_path)
+    assert drawn == {
+        "small, stock": {"load": 1.0, "compute": 2.5},
+        "small, ours": {"load": 1.0, "compute": 1.5},
+    }
 
 
 def test_machine_line_names_what_a_number_depends_on():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sbert_kernels import demo
+from sbert_kernels.benchmarks import harness
 from sbert_kernels.demo.options import DEFAULTS, STATIC_DIM, DemoError, Options
 
 
@@ -34,6 +37,21 @@ def test_epochs_replace_steps():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "dim", "dims"),
+    [
+        ([], 384, ()),
+        (["--matryoshka"], 512, (512, 256, 128, 64, 32)),
+        (["--matryoshka"], 384, (384, 256, 128, 64, 32)),
+        (["--matryoshka"], 768, (768, 512, 256, 128, 64, 32)),
+        (["--matryoshka"], 16, (16,)),
+        (["--matryoshka", "32, 64"], 64, (64, 32)),
+    ],
+)
+def test_matryoshka_dimensions_follow_the_model(arguments: list[str], dim: int, dims: tuple[int, ...]):
+    assert Options.from_arguments(parse(*arguments)).matryoshka_dims(dim) == dims
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batch-size", "1"], "argument --batch-size: got '1', wanted a whole number of at least 2"),
@@ -41,6 +59,8 @@ def test_epochs_replace_steps():
         (["--lr", "0"], "argument --lr: got '0', wanted a number above 0"),
         (["--lr", "nan"], "argument --lr: got 'nan', wanted a number above 0"),
         (["--epochs", "inf"], "argument --epochs: got 'inf', wanted a number above 0"),
+        (["--matryoshka", "8,0"], "argument --matryoshka: got '8,0', wanted different whole numbers above 0"),
+        (["--matryoshka", "8,8"], "argument --matryoshka: got '8,8', wanted different whole numbers above 0"),
         (["--columns", "text"], "argument --columns: got 'text', wanted two different column names"),
         (["--model", "large"], "argument --model: invalid choice: 'large'"),
         (["--steps", "1", "--epochs", "1"], "argument --epochs: not allowed with argument --steps"),
@@ -77,6 +97,10 @@ def pairs(tmp_path: Path) -> Path:
     ("arguments", "message"),
     [
         (["--batch-size", "500"], "--batch-size: got 500, wanted at most the 240 pairs that pairs.csv"),
+        (
+            ["--batch-size", "64", "--dim", "16", "--matryoshka", "8,32"],
+            "--matryoshka: got 32, wanted at most the model's 16",
+        ),
         (["--output", __file__], r"--output: .*test_demo\.py is a file, wanted a folder"),
     ],
 )
@@ -92,7 +116,7 @@ def test_mistakes_end_the_run_without_a_traceback(
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "NEEDED", ("tqdm", "a_package_that_is_not_installed"))
     assert demo.run(parse()) == 2
-    message = 'the demo needs a_package_that_is_not_installed: pip install "sbert-kernels[demo]"'
+    message = 'training needs a_package_that_is_not_installed: pip install "sbert-kernels[demo]"'
     assert message in capsys.readouterr().err
 
 
@@ -102,15 +126,26 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str], pairs: Path, 
     assert demo.run(parse("--data", str(pairs), "--output", str(output), *sizes)) == 0
 
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("300 pairs from pairs.csv", "step time, median", "mrr@10", str(output)))
+    assert all(
+        text in printed
+        for text in (
+            "300 pairs from pairs.csv",
+            "step time, median",
+            "tokenize",
+            "loss backward",
+            "mrr@10",
+            str(output),
+        )
+    )
 
     results = json.loads((output / "results.json").read_text())
     stock, ours = results["comparison"]["stock"], results["comparison"]["sbert-kernels"]
-    assert len(stock["curve"]["losses"]) == len(ours["curve"]["losses"]) == 2
-    assert ours["curve"]["losses"] == pytest.approx(stock["curve"]["losses"], rel=1e-4)
-    assert results["comparison"]["largest_loss_difference"] < 1e-3
+    assert len(stock["recording"]["losses"]) == len(ours["recording"]["losses"]) == 2
+    assert ours["recording"]["losses"] == pytest.approx(stock["recording"]["losses"], rel=1e-4)
+    assert results["comparison"]["largest_relative_loss_difference"] < 1e-3
     assert len(results["training"]["losses"]) == 3
     assert results["training"]["losses"][-1] < results["training"]["losses"][0]
+    assert sum(ours["median_step"].values()) == pytest.approx(ours["median_step_seconds"])
     assert set(results["before"]) == set(results["after"]) == {"mrr@10", "recall@1", "recall@10"}
 
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -119,3 +154,28 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str], pairs: Path, 
 
     model = SentenceTransformer(str(output / "model"), device="cpu")
     assert model.encode(["what is the number 7"]).shape == (1, 16)
+
+
+def test_a_matryoshka_run(
+    capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from sbert_kernels.demo import training
+
+    def without_a_process(target: Callable[..., Any], *args: object) -> harness.ProcessResult:
+        return harness.ProcessResult(target(*args)(), peak_extra_bytes=0)
+
+    monkeypatch.setattr(training, "run_in_process", without_a_process)
+    monkeypatch.setattr(training, "workers_for", lambda side: 1)
+    sizes = ["--dim", "16", "--matryoshka", "16,4", "--batch-size", "64", "--steps", "3", "--compare-steps", "2"]
+    assert demo.run(parse("--data", str(pairs), "--output", str(tmp_path), *sizes)) == 0
+
+    printed = capsys.readouterr().out
+    assert "MatryoshkaLoss at 16, 4 dimensions" in printed
+    assert "dataloader_num_workers=1" in printed
+    assert re.search(r"^mrr@10, 4 dims +0\.\d+ +0\.\d+$", printed, re.MULTILINE)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    stock, ours = (results["comparison"][name]["recording"]["losses"] for name in ("stock", "sbert-kernels"))
+    assert ours == pytest.approx(stock, rel=1e-4)
+    assert set(results["after"]) == {"mrr@10", "recall@1", "recall@10", "mrr@10, 4 dims"}
+    assert results["after"]["mrr@10, 4 dims"] != results["after"]["mrr@10"]

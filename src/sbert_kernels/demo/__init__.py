@@ -34,11 +34,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: Options) -> None:
-    begin = time.perf_counter()
+def require_packages() -> None:
+    """Raise DemoError if something that training needs is not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "sbert-kernels[demo]"')
+        raise DemoError(f'training needs {", ".join(missing)}: pip install "sbert-kernels[demo]"')
+
+
+def _run(options: Options) -> None:
+    begin = time.perf_counter()
+    require_packages()
     if options.output.exists() and not options.output.is_dir():
         raise DemoError(f"argument --output: {options.output} is a file, wanted a folder")
 
@@ -59,7 +64,15 @@ def _run(options: Options) -> None:
     from sbert_kernels.demo import report
     from sbert_kernels.demo.evaluation import evaluate
     from sbert_kernels.demo.models import build_model
-    from sbert_kernels.demo.training import SIDES, build_loss, compare, prepare, quiet_libraries
+    from sbert_kernels.demo.training import (
+        SIDES,
+        compare,
+        demo_loss,
+        demo_settings,
+        prepare,
+        quiet_libraries,
+        workers_for,
+    )
 
     quiet_libraries()
     if options.threads is not None:
@@ -73,16 +86,20 @@ def _run(options: Options) -> None:
         return value
 
     model = build_model(options)
+    dims = options.matryoshka_dims(model.get_embedding_dimension())
     steps = options.training_steps(len(split.train))
     report.print_plan(options, model, steps)
     sides = timed("comparison", lambda: compare(options, split.train))
-    before = timed("evaluation before", lambda: evaluate(model, split))
-    train = prepare(model, build_loss(model, SIDES["sbert-kernels"], options), split.train, options, steps, "training")
-    curve = timed("training", train)
-    after = timed("evaluation after", lambda: evaluate(model, split))
+    before = timed("evaluation before", lambda: evaluate(model, split, dims))
+    workers = workers_for(sides["sbert-kernels"])
+    report.print_workers(workers)
+    loss = demo_loss(model, SIDES["sbert-kernels"], options)
+    train = prepare(model, loss, split.train, demo_settings(options, steps, workers), "training")
+    recording = timed("training", train)
+    after = timed("evaluation after", lambda: evaluate(model, split, dims))
     seconds["total"] = time.perf_counter() - begin
 
-    results = report.Results(options, pairs, split, sides, curve, before, after, seconds)
+    results = report.Results(options, pairs, split, sides, recording, before, after, seconds)
     report.print_results(results)
     report.write(results, model)
 

@@ -16,13 +16,14 @@ MAX_SEQ_LENGTH = 64  # tokens of a text that minilm reads; static reads them all
 def build_model(options: Options) -> SentenceTransformer:
     """The untrained model, on the CPU: the same weights for the same options, whichever process builds it."""
     if options.model == "static":
-        return _static(options.dim, options.seed)
+        return static_model(options.dim, options.seed)
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     model.max_seq_length = MAX_SEQ_LENGTH
     return model
 
 
-def _static(dim: int, seed: int) -> SentenceTransformer:
+def static_model(dim: int, seed: int) -> SentenceTransformer:
+    """A StaticEmbedding model of so many dimensions, from fresh weights that the seed decides."""
     tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
     tokenizer.no_truncation()  # the file is set to 128 tokens, which would hide the rest of a text from the mean
     torch.manual_seed(seed)

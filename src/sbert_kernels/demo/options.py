@@ -34,6 +34,7 @@ DEFAULTS = {
     "minilm": Defaults(batch_size=128, steps=4, compare_steps=2, lr=1e-4, queries=250, distractors=250),
 }
 STATIC_DIM = 512
+MATRYOSHKA_DIMS = (512, 256, 128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Options:
     epochs: float | None
     compare_steps: int
     dim: int | None  # None: as the model has it
+    matryoshka: tuple[int, ...] | None  # None: the plain loss; (): the default dimensions
     lr: float
     seed: int
     output: Path
@@ -73,11 +75,28 @@ class Options:
             )
         return cls(**values)
 
+    def matryoshka_dims(self, dim: int) -> tuple[int, ...]:
+        """The dimensions to train of a model of ``dim``, widest first; none without ``--matryoshka``."""
+        if self.matryoshka is None:
+            return ()
+        if not self.matryoshka:
+            return default_matryoshka_dims(dim)
+        if max(self.matryoshka) > dim:
+            raise DemoError(
+                f"argument --matryoshka: got {max(self.matryoshka)}, wanted at most the model's {dim} dimensions"
+            )
+        return tuple(sorted(self.matryoshka, reverse=True))
+
     def training_steps(self, pairs: int) -> int:
         """``steps``, or ``epochs`` over so many pairs in full batches."""
         if self.steps is not None:
             return self.steps
         return max(1, round(self.epochs * (pairs // self.batch_size)))
+
+
+def default_matryoshka_dims(dim: int) -> tuple[int, ...]:
+    """``MATRYOSHKA_DIMS`` as far as they are below ``dim``, after ``dim`` itself."""
+    return (dim, *(smaller for smaller in MATRYOSHKA_DIMS if smaller < dim))
 
 
 def _number(
@@ -112,6 +131,13 @@ def _two_columns(text: str) -> tuple[str, str]:
     if len(names) != 2 or not all(names) or names[0] == names[1]:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted two different column names with a comma between them")
     return names
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts) or len({*map(int, parts)}) < len(parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted different whole numbers above 0 with commas between")
+    return tuple(map(int, parts))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +187,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dim", type=_number(int, at_least=1), metavar="D", help=f"embedding dimension of static ({STATIC_DIM})"
+    )
+    parser.add_argument(
+        "--matryoshka",
+        type=_dims,
+        nargs="?",
+        const=(),
+        metavar="D,D,...",
+        help="train with MatryoshkaLoss at these dimensions (default: the model's, and those of "
+        f"{', '.join(map(str, MATRYOSHKA_DIMS))} that are smaller)",
     )
     parser.add_argument("--lr", type=_number(float, above=0), metavar="X", help=f"learning rate ({per_model('lr')})")
     parser.add_argument("--seed", type=_number(int, at_least=0), default=0, metavar="N", help="default: %(default)s")

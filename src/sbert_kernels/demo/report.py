@@ -16,9 +16,12 @@ from matplotlib.ticker import MaxNLocator
 from sentence_transformers import SentenceTransformer
 
 from sbert_kernels.benchmarks.harness import machine, machine_line
+from sbert_kernels.benchmarks.report import draw_stacks
+from sbert_kernels.benchmarks.steps import PARTS, Recording, Step, median_step, whole
 from sbert_kernels.demo.data import Pairs, Split
+from sbert_kernels.demo.evaluation import METRICS
 from sbert_kernels.demo.options import Options
-from sbert_kernels.demo.training import Curve, Side, largest_difference
+from sbert_kernels.demo.training import Side, largest_difference
 
 MIB = 1 << 20
 WIDTH, INDENT = 100, 10  # of the lines on the terminal
@@ -39,7 +42,7 @@ class Results:
     pairs: Pairs
     split: Split
     sides: dict[str, Side]
-    training: Curve
+    training: Recording
     before: dict[str, float]
     after: dict[str, float]
     seconds: dict[str, float]  # of the parts of the run
@@ -65,12 +68,25 @@ def print_data(pairs: Pairs, split: Split) -> None:
 def print_plan(options: Options, model: SentenceTransformer, steps: int) -> None:
     """Say which model takes which steps."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    _print("Model", f"{options.model}: {model.get_embedding_dimension()} dimensions, {millions:.1f} M parameters")
+    dim = model.get_embedding_dimension()
+    _print("Model", f"{options.model}: {dim} dimensions, {millions:.1f} M parameters")
+    if dims := options.matryoshka_dims(dim):
+        _print("Loss", f"MatryoshkaLoss at {', '.join(map(str, dims))} dimensions")
     _print(
         "Plan",
         f"{options.compare_steps} steps from the same seed with the stock loss and with ours, each in a process of its "
         f"own; then {steps} steps of training with ours; {options.batch_size:,} pairs a step",
     )
+
+
+def print_workers(workers: int) -> None:
+    """Say that the training tokenizes beside the steps, if it does."""
+    if workers:
+        _print(
+            "Overlap",
+            "a process of its own can keep up with tokenizing: the training leaves it to one beside the steps "
+            f"(dataloader_num_workers={workers})",
+        )
 
 
 def _print(label: str, text: str) -> None:
@@ -92,14 +108,18 @@ def print_results(results: Results) -> None:
     print(f"\n{'':<28}" + "".join(f"{name:>16}" for name in results.sides) + "   stock / ours")
     sides = list(results.sides.values())
     for label, show, value in (
-        ("step time, median", _step_time, _median),
+        ("step time, median", _step_time, _seconds),
         ("peak memory of training", _peak_memory, lambda side: side.peak_extra_bytes),
     ):
         print(f"{label:<28}" + "".join(f"{show(side):>16}" for side in sides) + f"{_ratio(*map(value, sides)):>15}")
-    last = [f"{side.curve.losses[-1]:.6f}" if side.curve else side.error for side in sides]
+        if show is _step_time:
+            for part in PARTS:
+                cells = [f"{_median(side)[part]:.3f} s" if side.recording else "" for side in sides]
+                print(f"  {part:<26}" + "".join(f"{cell:>16}" for cell in cells))
+    last = [f"{side.recording.losses[-1]:.6f}" if side.recording else side.error for side in sides]
     print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in last))
     if (difference := largest_difference(results.sides)) is not None:
-        print(f"{'largest loss difference':<28}{difference:>32.1e}")
+        print(f"{'largest relative difference':<28}{difference:>32.1e}")
     print(f"\n{'held-out queries':<28}{'before':>16}{'after':>16}")
     for metric, before in results.before.items():
         print(f"{metric:<28}{before:>16.3f}{results.after[metric]:>16.3f}")
@@ -110,12 +130,16 @@ def print_results(results: Results) -> None:
     _print("Time", parts)
 
 
-def _median(side: Side) -> float | None:
-    return side.curve.median_step_seconds if side.curve else None
+def _median(side: Side) -> Step | None:
+    return median_step(side.recording.warm_steps) if side.recording else None
+
+
+def _seconds(side: Side) -> float | None:
+    return whole(_median(side)) if side.recording else None
 
 
 def _step_time(side: Side) -> str:
-    return f"{side.curve.median_step_seconds:.3f} s" if side.curve else side.error
+    return f"{_seconds(side):.3f} s" if side.recording else side.error
 
 
 def _peak_memory(side: Side) -> str:
@@ -159,9 +183,9 @@ def as_json(results: Results) -> dict[str, Any]:
             "held_out_texts": len(split.queries) + len(split.distractors),
         },
         "comparison": {
-            "largest_loss_difference": largest_difference(results.sides),
+            "largest_relative_loss_difference": largest_difference(results.sides),
             **{
-                name: {**dataclasses.asdict(side), "median_step_seconds": _median(side)}
+                name: {**dataclasses.asdict(side), "median_step": _median(side), "median_step_seconds": _seconds(side)}
                 for name, side in results.sides.items()
             },
         },
@@ -184,13 +208,8 @@ def draw(results: Results) -> Figure:
     (losses, retrieval), (times, memory) = figure.subplots(2, 2)
     _draw_losses(losses, results)
     _draw_retrieval(retrieval, results)
-    _draw_bars(
-        times,
-        "Step time: forward, backward, optimizer (median)",
-        "seconds",
-        {name: _median(side) for name, side in results.sides.items()},
-        {name: _step_time(side) for name, side in results.sides.items()},
-    )
+    times.set(title="Step time (median)", xlabel="seconds")
+    draw_stacks(times, {f"{name}\n{side.error or ''}": _median(side) or {} for name, side in results.sides.items()})
     _draw_bars(
         memory,
         "Peak memory of training, over what was loaded",
@@ -209,12 +228,12 @@ def _draw_losses(axes: Axes, results: Results) -> None:
     # The stock curve is wide and light, so that ours shows on top of it where the two are equal.
     styles = {"stock": {"linewidth": 6}, "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3}}
     for name, side in results.sides.items():
-        if side.curve:
-            steps = range(1, len(side.curve.losses) + 1)
-            axes.plot(steps, side.curve.losses, color=COLOURS[name], label=f"comparison: {name}", **styles[name])
+        if side.recording:
+            steps = range(1, len(side.recording.losses) + 1)
+            axes.plot(steps, side.recording.losses, color=COLOURS[name], label=f"comparison: {name}", **styles[name])
     title = "Loss"
     if (difference := largest_difference(results.sides)) is not None:
-        title += f" (stock and ours differ by at most {difference:.1e})"
+        title += f" (stock and ours differ by at most {difference:.1e} of it)"
     axes.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
@@ -222,6 +241,7 @@ def _draw_losses(axes: Axes, results: Results) -> None:
 
 def _draw_retrieval(axes: Axes, results: Results) -> None:
     width = 0.38
+    fontsize = 9 if len(results.before) <= len(METRICS) else 7
     for offset, (name, scores) in zip(
         (-width / 2, width / 2), (("before", results.before), ("after", results.after)), strict=True
     ):
@@ -232,14 +252,15 @@ def _draw_retrieval(axes: Axes, results: Results) -> None:
             color=COLOURS[name],
             label=f"{name} training",
         )
-        axes.bar_label(bars, fmt="%.3f", padding=2)
+        axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=fontsize)
     texts = len(results.split.queries) + len(results.split.distractors)
     axes.set(
         title=f"Held-out retrieval: {len(results.split.queries):,} queries, {texts:,} texts",
         xticks=range(len(results.before)),
-        xticklabels=list(results.before),
+        xticklabels=[metric.replace(", ", "\n") for metric in results.before],
         ylim=(0, 1.1),
     )
+    axes.tick_params(axis="x", labelsize=fontsize)
     axes.legend(frameon=False, loc="upper left")
 
 

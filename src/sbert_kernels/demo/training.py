@@ -6,22 +6,23 @@ one side reached would hide the other's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import statistics
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import datasets
 import transformers
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from sbert_kernels.benchmarks.harness import run_in_process
+from sbert_kernels.benchmarks.steps import Recording, StepRecorder, difference, median_step, whole
 from sbert_kernels.demo.data import Pair
 from sbert_kernels.demo.models import build_model
 from sbert_kernels.demo.options import Options
@@ -32,30 +33,30 @@ MINI_BATCH_SIZE = 32  # of the cached loss
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The loss of each step, and its seconds: forward, backward and optimizer, without tokenizing."""
+class Settings:
+    """What the Trainer is told."""
 
-    losses: list[float]
-    step_seconds: list[float]
-
-    @property
-    def median_step_seconds(self) -> float:
-        """Over the steps after the first, which allocates and warms up."""
-        return statistics.median(self.step_seconds[1:])
+    batch_size: int
+    steps: int
+    lr: float
+    seed: int
+    output: Path
+    workers: int = 0  # processes that tokenize the next batches during a step; 0: the step waits for its own
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the comparison. ``curve`` is None if ``error`` says why; None bytes are not known on this system."""
+    """One side of the comparison. ``recording`` is None if ``error`` says why; None bytes are not known here."""
 
-    curve: Curve | None
+    recording: Recording | None
     peak_extra_bytes: int | None
     error: str | None
 
 
 def compare(options: Options, pairs: list[Pair]) -> dict[str, Side]:
     """Train ``compare_steps`` steps with each module of ``SIDES``."""
-    seen = pairs[: options.compare_steps * options.batch_size]
+    # One batch more than is trained on: the Trainer loads a batch ahead, in the last step as in any other.
+    seen = pairs[: (options.compare_steps + 1) * options.batch_size]
     sides = {}
     for name in SIDES:
         result = run_in_process(_comparison, name, options, seen)
@@ -64,45 +65,77 @@ def compare(options: Options, pairs: list[Pair]) -> dict[str, Side]:
 
 
 def largest_difference(sides: dict[str, Side]) -> float | None:
-    """Between the loss curves of the two sides, at the same step; None if one of them has none."""
-    curves = [side.curve for side in sides.values()]
-    if None in curves:
-        return None
-    return max(abs(a - b) for a, b in zip(*(curve.losses for curve in curves), strict=True))
+    """Between the loss curves of the two sides, relative and at the same step; None if one of them has none."""
+    recordings = [side.recording for side in sides.values()]
+    return None if None in recordings else difference(*recordings)
 
 
-def _comparison(name: str, options: Options, pairs: list[Pair]) -> Callable[[], Curve]:
+def workers_for(side: Side) -> int:
+    """One where a worker can tokenize beside the step and there is something to gain, else none.
+
+    A worker tokenizes on one core what would be spread over all of them otherwise, so that it only keeps up with a step
+    whose other parts take a good deal longer; behind, it takes a core from them and makes them wait too.
+    """
+    if side.recording is None:
+        return 0
+    step = median_step(side.recording.warm_steps)
+    rest = whole(step) - step["tokenize"]
+    return 1 if step["tokenize"] > 0.1 * whole(step) and rest > 1.5 * step["tokenize"] else 0
+
+
+def _comparison(name: str, options: Options, pairs: list[Pair]) -> Callable[[], Recording]:
     quiet_libraries()
     model = build_model(options)
-    return prepare(model, build_loss(model, SIDES[name], options), pairs, options, options.compare_steps, name)
+    loss = demo_loss(model, SIDES[name], options)
+    return prepare(model, loss, pairs, demo_settings(options, options.compare_steps), name)
 
 
-def build_loss(model: SentenceTransformer, module: str, options: Options) -> nn.Module:
+def demo_loss(model: SentenceTransformer, module: str, options: Options) -> nn.Module:
     """The loss that goes with the model of these options, from a module of ``SIDES``."""
+    mini_batch_size = None if options.model == "static" else MINI_BATCH_SIZE
+    return build_loss(model, module, options.matryoshka_dims(model.get_embedding_dimension()), mini_batch_size)
+
+
+def demo_settings(options: Options, steps: int, workers: int = 0) -> Settings:
+    """What these options tell the Trainer."""
+    return Settings(options.batch_size, steps, options.lr, options.seed, options.output, workers)
+
+
+def build_loss(
+    model: SentenceTransformer, module: str, matryoshka_dims: Sequence[int] = (), mini_batch_size: int | None = None
+) -> nn.Module:
+    """MultipleNegativesRankingLoss from a module of ``SIDES``.
+
+    The cached one if there is a mini-batch size, and within MatryoshkaLoss if there are dimensions for it.
+    """
     losses = importlib.import_module(module)
-    if options.model == "static":
-        return losses.MultipleNegativesRankingLoss(model)
-    return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH_SIZE)
+    if mini_batch_size is None:
+        loss = losses.MultipleNegativesRankingLoss(model)
+    else:
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
+    return losses.MatryoshkaLoss(model, loss, list(matryoshka_dims)) if matryoshka_dims else loss
 
 
 def prepare(
-    model: SentenceTransformer, loss: nn.Module, pairs: list[Pair], options: Options, steps: int, description: str
-) -> Callable[[], Curve]:
-    """Set everything up; the returned function trains the model in place for so many steps."""
-    recorder = _Recorder(description)
-    loss.register_forward_hook(recorder.record_loss)
+    model: SentenceTransformer, loss: nn.Module, pairs: Sequence[Pair], settings: Settings, description: str = ""
+) -> Callable[[], Recording]:
+    """Set everything up; the returned function trains the model in place, on one bar if there is a description."""
+    recorder = StepRecorder(model, loss)
+    overlap = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2} if settings.workers else {}
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(options.output),
-        per_device_train_batch_size=options.batch_size,
+        output_dir=str(settings.output),
+        per_device_train_batch_size=settings.batch_size,
         dataloader_drop_last=True,  # a smaller batch has fewer negatives, so that its loss is another one
-        max_steps=steps,
-        learning_rate=options.lr,
-        seed=options.seed,
+        dataloader_num_workers=settings.workers,
+        max_steps=settings.steps,
+        learning_rate=settings.lr,
+        seed=settings.seed,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,  # the recorder's bar shows the loss instead of printing a line for each step
+        disable_tqdm=True,  # the bar below shows the loss instead of printing a line for each step
         use_cpu=True,
+        **overlap,
     )
     queries, texts = zip(*pairs, strict=True)
     trainer = SentenceTransformerTrainer(
@@ -110,37 +143,45 @@ def prepare(
         args=arguments,
         train_dataset=Dataset.from_dict({"query": queries, "text": texts}),
         loss=loss,
-        callbacks=[recorder],
+        callbacks=[recorder, _Bar(recorder.recording, description)] if description else [recorder],
     )
     trainer.remove_callback(PrinterCallback)
 
-    def train() -> Curve:
-        trainer.train()
-        return Curve(recorder.losses, recorder.step_seconds)
+    def train() -> Recording:
+        with _single_threaded_tokenizers() if settings.workers else contextlib.nullcontext():
+            trainer.train()
+        return recorder.recording
 
     return train
 
 
-class _Recorder(TrainerCallback):
-    """Notes each step's loss (a forward hook, since some versions round what they log) and seconds, on one bar."""
+@contextlib.contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """A process that was forked after tokenizers used threads has lost them; each worker is to tokenize on its own."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
-    def __init__(self, description: str) -> None:
+
+class _Bar(TrainerCallback):
+    """The steps and their loss on one bar."""
+
+    def __init__(self, recording: Recording, description: str) -> None:
+        self.recording = recording
         self.description = description
-        self.losses: list[float] = []
-        self.step_seconds: list[float] = []
-
-    def record_loss(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.losses.append(output.item())
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.bar = tqdm(total=state.max_steps, desc=f"{self.description:>13}", unit="step")
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.begin = time.perf_counter()
-
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.step_seconds.append(time.perf_counter() - self.begin)
-        self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{self.recording.losses[-1]:.3f}", refresh=False)
         self.bar.update()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

@@ -1,0 +1,95 @@
+"""The benchmark of training steps from its command line: what it writes, and that it times nothing that is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers.sentence_transformer import losses as stock
+
+from sbert_kernels.benchmarks import harness, training
+from sbert_kernels.benchmarks.steps import PARTS
+from sbert_kernels.demo import data
+from sbert_kernels.demo import training as demo_training
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch):
+    pairs = data.Pairs([(f"what is {i}", f"the number {i} comes after {i - 1}") for i in range(100)], "numbers")
+    monkeypatch.setattr(data, "docstring_pairs", lambda packages: pairs)
+    monkeypatch.setattr(training, "QUICK_BATCH", 32)
+    monkeypatch.setattr(training, "QUICK_DIM", 8)
+
+
+def run_here(target: Callable[..., Callable[[], Any]], *args: object) -> harness.ProcessResult:
+    """`run_in_process` without the seconds that a process of its own needs to import everything."""
+    target, args = pickle.loads(pickle.dumps((target, args)))
+    return harness.ProcessResult(target(*args)(), peak_extra_bytes=3 * 2**20)
+
+
+def run(*options: str) -> None:
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    training.run(parser.parse_args(["--quick", *options]))
+
+
+def test_quick_run_writes_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(harness, "run_in_process", run_here)
+    cases = ["mnr", "matryoshka-overlapped"]
+    run("--cases", *cases, "--steps", "3", "--repeats", "1", "--output", str(tmp_path))
+    printed = capsys.readouterr().out
+    paths = [tmp_path / f"training{suffix}" for suffix in (".json", ".md", ".png")]
+    assert printed.splitlines()[-3:] == [str(path) for path in paths]
+    assert all(path.stat().st_size > 0 for path in paths)
+    assert "100 pairs from numbers, repeated to 128 rows" in printed
+
+    rows = json.loads(paths[0].read_text())["rows"]
+    sides = ["stock", "sbert-kernels"]
+    assert [(row["case"], row["side"]) for row in rows] == [(f"{c} N=32 D=8", side) for c in cases for side in sides]
+    for row in rows:
+        parts = [row[f"{part} ms"] for part in PARTS]
+        assert sum(parts) == pytest.approx(row["step ms"])
+        assert min(parts) >= 0
+        assert len(row["step samples ms"]) == 3 - 1
+        assert row["pairs/s"] == pytest.approx(32e3 / row["step ms"])
+        assert row.get("peak extra MiB") == (3.0 if row["case"].startswith("mnr ") else None)
+    assert rows[1]["stock/this"] == pytest.approx(rows[0]["step ms"] / rows[1]["step ms"])
+    assert all(row["parity"] <= training.PARITY_LIMIT for row in rows[1::2])
+
+
+def test_a_wrong_loss_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class WrongScale(stock.MultipleNegativesRankingLoss):
+        def forward(self, *args: object) -> torch.Tensor:
+            return super().forward(*args) * 1.01
+
+    wrong = types.ModuleType("wrong_losses")
+    wrong.MultipleNegativesRankingLoss = WrongScale
+    monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
+    monkeypatch.setitem(demo_training.SIDES, "sbert-kernels", wrong.__name__)
+    with pytest.raises(SystemExit, match="parity failed: mnr"):
+        run("--cases", "mnr", "--output", str(tmp_path))
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert rows[1]["parity"] == pytest.approx(0.01, rel=1e-3)
+    assert all("not timed: the loss curves differ by 0.01, wanted at most 0.001" in row["note"] for row in rows)
+    assert all("step ms" not in row for row in rows)
+
+
+def test_one_step_would_leave_nothing_to_time():
+    with pytest.raises(SystemExit, match="argument --steps: got 1, wanted at least 2"):
+        run("--steps", "1")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training.demo, "NEEDED", ("a_package_that_is_not_installed",))
+    with pytest.raises(SystemExit, match="training needs a_package_that_is_not_installed: pip install"):
+        run()
