@@ -87,7 +87,6 @@ class Operand {
   }
 
   int64_t rows() const { return rows_; }
-  int64_t width() const { return width_; }
   int64_t ld() const { return ld_; }
 
   // Rows from `row`, a slice of them: the left operand of a product over the dimensions.

@@ -38,7 +38,9 @@ class Scoring {
     size_t pair = 0;
     for (size_t term = 0; term < problem_.terms.size(); ++term) {
       const int64_t columns = problem_.terms[term].columns;
-      score_pairs(problem_.terms[term], pair, tile);
+      for_each_pair(problem_, problem_.terms[term], pair, tile, [&](const OwnPair& own, const auto* r, const auto* c) {
+        score_pair(problem_.terms[term], own, r, c);
+      });
       for (int64_t column = 0; column < columns; column += kTileColumns) {
         score_tile(term, pair, tile, column, std::min(kTileColumns, columns - column));
       }
@@ -88,7 +90,7 @@ class Scoring {
     const Vectors& columns = problem_.columns_of(term);
     const Columns& operand = work_.columns_of(term);
     const int64_t role = term.rows_are_queries ? 0 : 1;
-    TermTile described(problem_, term, tile, column);
+    const TileDuplicates duplicates(problem_, term, tile, column);
     const Vectors& guide_columns = term.columns_are_queries ? problem_.guide_queries : problem_.guide_documents;
     if (guide_columns.data) {
       guide_tile(
@@ -110,11 +112,11 @@ class Scoring {
       std::fill_n(duplicate_scores_, tile.padded, 0.0f);
       tile_kernels().score(
           {dots_.get(), scores, ld, count, tile.padded, inverse_,
-           columns.inverse_norm.data() + prefix * columns.rows + column, described.duplicates, duplicate_counts_,
+           columns.inverse_norm.data() + prefix * columns.rows + column, duplicates.view, duplicate_counts_,
            duplicate_scores_, guide_columns.data ? guide_dots_.get() : nullptr, guide_inverse_,
            guide_columns.data ? guide_columns.inverse_norm.data() + column : nullptr, threshold_});
-      exclude_diagonals(term, first_pair, tile, column, count, scores, ld, described.duplicates);
-      if (described.duplicates.row_ids && described.duplicates.positive) {
+      exclude_diagonals(term, first_pair, tile, column, count, scores, ld, duplicates.view);
+      if (duplicates.view.row_ids && duplicates.view.positive) {
         for (int64_t i = 0; i < tile.count; ++i) {
           if (prefix == 0) rows_.duplicate_counts[term.group * rows_.ld + tile.offset + i] += duplicate_counts_[i];
           rows_.duplicate_scores[rows_.statistic(term.group, prefix) + tile.offset + i] += duplicate_scores_[i];
@@ -123,7 +125,7 @@ class Scoring {
       add_statistics(
           term, prefix, tile,
           {scores, ld, count, tile.padded, work_.logit_factor(term.weighted), work_.logit_factor(false),
-           described.duplicates, maxima_, nullptr, sums_});
+           duplicates.view, maxima_, nullptr, sums_});
     }
   }
 
@@ -171,32 +173,18 @@ class Scoring {
     for (int64_t i = 0; i < tile.count; ++i) rows_.sums[at + i] += sums_[i];
   }
 
-  // Similarities of the own pairs, from their own dot products.
-  void score_pairs(const Term& term, size_t pair, const RowTile& tile) {
-    for (const Diagonal& diagonal : term.pairs) {
-      for (int64_t i = 0; i < tile.count; ++i) {
-        const int64_t row = problem_.first_row(term) + tile.first + i, column = diagonal.start + tile.first + i;
-        if (problem_.bf16) {
-          score_pair<Bf16>(term, pair, tile.offset + i, row, column);
-        } else {
-          score_pair<float>(term, pair, tile.offset + i, row, column);
-        }
-      }
-      ++pair;
-    }
-  }
+  // Similarity of an own pair, from its own dot product.
   template <class T>
-  void score_pair(const Term& term, size_t pair, int64_t at, int64_t row, int64_t column) {
+  void score_pair(const Term& term, const OwnPair& own, const T* r, const T* c) {
     const Vectors& rows = problem_.rows_of(term);
     const Vectors& columns = problem_.columns_of(term);
-    const T* r = static_cast<const T*>(rows.data) + row * rows.dimension;
-    const T* c = static_cast<const T*>(columns.data) + column * columns.dimension;
     double dot = 0;
     for (int64_t prefix = 0; prefix < work_.prefixes; ++prefix) {
       const Slice& slice = problem_.slices[prefix];
       dot += tile_kernels().of<T>().dot(r + slice.begin, c + slice.begin, slice.width);
-      rows_.pair_scores[rows_.pair(pair, prefix) + at] =
-          dot * rows.inverse_norm[prefix * rows.rows + row] * columns.inverse_norm[prefix * columns.rows + column];
+      rows_.pair_scores[rows_.pair(own.pair, prefix) + own.at] =
+          dot * rows.inverse_norm[prefix * rows.rows + own.row] *
+          columns.inverse_norm[prefix * columns.rows + own.column];
     }
   }
 

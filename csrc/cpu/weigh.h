@@ -48,7 +48,9 @@ class Weighing {
         weigh_tile(term, tile, column, std::min(kTileColumns, columns - column));
       }
       add_along(problem_.terms[term], tile);
-      pull_pairs(problem_.terms[term], pair, tile);
+      for_each_pair(problem_, problem_.terms[term], pair, tile, [&](const OwnPair& own, const auto* r, const auto* c) {
+        pull_pair(problem_.terms[term], own, r, c);
+      });
       pair += problem_.terms[term].pairs.size();
     }
   }
@@ -58,7 +60,7 @@ class Weighing {
     const Term& term = problem_.terms[index];
     const Vectors& rows = problem_.rows_of(term);
     const Vectors& columns = problem_.columns_of(term);
-    TermTile described(problem_, term, tile, column);
+    const TileDuplicates duplicates(problem_, term, tile, column);
     bool fill = true;
     for (int64_t prefix = work_.prefixes - 1; prefix >= 0; --prefix) {
       float* scores = work_.scores_of(index, prefix, column, tile);
@@ -75,10 +77,9 @@ class Weighing {
       const int64_t at = rows_.statistic(term.group, prefix) + tile.offset;
       tile_kernels().weigh(
           {scores, wider, weights, ld, weights_ld, weights_ld, count, tile.padded, work_.logit_factor(term.weighted),
-           work_.logit_factor(false), described.duplicates, rows_.shift.data() + at,
-           rows_.softmax_coefficient.data() + at, rows_.positive_share.data() + at, inverse_,
-           columns.inverse_norm.data() + prefix * columns.rows + column, sums_,
-           work_.column_sums_of(index, prefix, tile.index) + column});
+           work_.logit_factor(false), duplicates.view, rows_.shift.data() + at, rows_.softmax_coefficient.data() + at,
+           rows_.positive_share.data() + at, inverse_, columns.inverse_norm.data() + prefix * columns.rows + column,
+           sums_, work_.column_sums_of(index, prefix, tile.index) + column});
       for (int64_t i = 0; i < tile.count; ++i) along_[prefix * work_.tile_rows + i] += sums_[i];
 
       if constexpr (P::kPaired) {
@@ -141,44 +142,28 @@ class Weighing {
     }
   }
 
-  // Gradients of the own pairs. Each is the only one of its diagonal that touches its column.
-  void pull_pairs(const Term& term, size_t pair, const RowTile& tile) {
-    for (const Diagonal& diagonal : term.pairs) {
-      for (int64_t i = 0; i < tile.count; ++i) {
-        const int64_t row = problem_.first_row(term) + tile.first + i, column = diagonal.start + tile.first + i;
-        if (problem_.bf16) {
-          pull_pair<Bf16>(term, pair, tile.offset + i, row, column);
-        } else {
-          pull_pair<float>(term, pair, tile.offset + i, row, column);
-        }
-      }
-      ++pair;
-    }
-  }
+  // Gradients of an own pair, which is the only one of its diagonal that touches its column.
   template <class T>
-  void pull_pair(const Term& term, size_t pair, int64_t at, int64_t row, int64_t column) {
+  void pull_pair(const Term& term, const OwnPair& own, const T* r, const T* c) {
     Vectors& rows = problem_.rows_of(term);
     Vectors& columns = problem_.columns_of(term);
-    const int64_t dimension = rows.dimension;
-    const T* r = static_cast<const T*>(rows.data) + row * dimension;
-    const T* c = static_cast<const T*>(columns.data) + column * dimension;
     double strength = 0;  // of the dot product, summed over the prefixes that hold a slice
     for (int64_t prefix = work_.prefixes - 1; prefix >= 0; --prefix) {
-      const int64_t in_rows = prefix * rows.rows + row, in_columns = prefix * columns.rows + column;
-      const double gradient = rows_.pair_gradient[rows_.pair(pair, prefix) + at];
-      const double along = gradient == 0 ? 0 : gradient * rows_.pair_scores[rows_.pair(pair, prefix) + at];
+      const int64_t in_rows = prefix * rows.rows + own.row, in_columns = prefix * columns.rows + own.column;
+      const double gradient = rows_.pair_gradient[rows_.pair(own.pair, prefix) + own.at];
+      const double along = gradient == 0 ? 0 : gradient * rows_.pair_scores[rows_.pair(own.pair, prefix) + own.at];
       rows.along[in_rows] += along;
       columns.along[in_columns] += along;
-      work_.scale_gradients[begin_ + at] += along / problem_.scale;
+      work_.scale_gradients[begin_ + own.at] += along / problem_.scale;
       strength += gradient * rows.inverse_norm[in_rows] * columns.inverse_norm[in_columns];
       const float factor = static_cast<float>(strength);
       const Slice& slice = problem_.slices[prefix];
       const auto pull = [&](float* gradients, int64_t of, const T* partner) {
         tile_kernels().of<T>().add_scaled(
-            partner + slice.begin, factor, slice.width, gradients + of * dimension + slice.begin);
+            partner + slice.begin, factor, slice.width, gradients + of * rows.dimension + slice.begin);
       };
-      if (rows.gradient) pull(rows.gradient, row, c);
-      if (columns.gradient) pull(columns.gradient, column, r);
+      if (rows.gradient) pull(rows.gradient, own.row, c);
+      if (columns.gradient) pull(columns.gradient, own.column, r);
     }
   }
 

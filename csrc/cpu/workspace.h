@@ -178,23 +178,54 @@ struct Workspace {
 };
 
 // Which entries of a tile of a term are duplicates.
-class TermTile {
+class TileDuplicates {
  public:
-  TermTile(const Problem& problem, const Term& term, const RowTile& tile, int64_t column) {
+  TileDuplicates(const Problem& problem, const Term& term, const RowTile& tile, int64_t column) {
     if (const int64_t* ids = problem.ids_of(term)) {
       for (int64_t i = 0; i < tile.padded; ++i) {
         row_ids_[i] = ids[term.own_column + tile.first + std::min(i, tile.count - 1)];
       }
-      duplicates.row_ids = row_ids_;
-      duplicates.column_ids = ids + column;
-      duplicates.own_row = column - term.own_column - tile.first;
-      duplicates.positive = term.duplicates_are_positive;
+      view.row_ids = row_ids_;
+      view.column_ids = ids + column;
+      view.own_row = column - term.own_column - tile.first;
+      view.positive = term.duplicates_are_positive;
     }
   }
-  Duplicates duplicates;
+  TileDuplicates(const TileDuplicates&) = delete;  // the view points into it
+
+  Duplicates view;
 
  private:
   int64_t row_ids_[kMaxTileRows];
 };
+
+// Own pair `pair` of all terms': of row `at` of the block, between rows of the term's two operands.
+struct OwnPair {
+  size_t pair;
+  int64_t at, row, column;
+};
+
+// Calls function(own pair, row vector, column vector) for each own pair of a term in a tile.
+template <class Function>
+void for_each_pair(
+    Problem& problem, const Term& term, size_t first_pair, const RowTile& tile, const Function& function) {
+  const Vectors& rows = problem.rows_of(term);
+  const Vectors& columns = problem.columns_of(term);
+  OwnPair own{first_pair, 0, 0, 0};
+  for (const Diagonal& diagonal : term.pairs) {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      own.at = tile.offset + i;
+      own.row = problem.first_row(term) + tile.first + i;
+      own.column = diagonal.start + tile.first + i;
+      const int64_t r = own.row * rows.dimension, c = own.column * columns.dimension;
+      if (problem.bf16) {
+        function(own, static_cast<const Bf16*>(rows.data) + r, static_cast<const Bf16*>(columns.data) + c);
+      } else {
+        function(own, static_cast<const float*>(rows.data) + r, static_cast<const float*>(columns.data) + c);
+      }
+    }
+    ++own.pair;
+  }
+}
 
 }  // namespace sbert_kernels

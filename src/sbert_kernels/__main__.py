@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(_: argparse.Namespace) -> int:
+    import torch
+
     from . import backends, extension, settings
     from .benchmarks.harness import machine
 
@@ -49,6 +51,8 @@ def _info(_: argparse.Namespace) -> int:
     for key, value in machine().items():
         print(f"  {key}: {value}")
     print(f"  compiled CPU kernels: {extension.describe()}")
+    if extension.load() is None:
+        print(f"  their instruction set: {torch.ops.sbert_kernels.cpu_instruction_set()}")
     print("\noperations")
     for operation in backends.OPERATIONS:
         choice = backends.choose(operation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -129,7 +130,9 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.skipif(sys.platform == "darwin" or "x86" not in os.uname().machine, reason="names of x86")
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="the instruction sets that are named here are x86's"
+)
 @pytest.mark.parametrize(
     ("variables", "instruction_set"),
     [
@@ -299,7 +302,8 @@ def test_a_bad_row_spoils_what_it_spoils_in_eager_torch(
         for value, wanted in zip(ours, exact, strict=True):
             finite = wanted.isfinite()
             assert value[finite].isfinite().all()
-            torch.testing.assert_close(value[finite], wanted[finite], rtol=1e-3, atol=1e-5)
+            rtol = 1e-4 if kind == Products.FLOAT32 else 1e-3
+            torch.testing.assert_close(value[finite], wanted[finite], rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [4, 5])
