@@ -13,6 +13,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from sbert_kernels import extension
+
 TEXTS = [
     ("how tall is it", "the height of the tower", "a recipe for soup"),
     ("who wrote this", "the author of the book is known", "rain in the north"),
@@ -130,3 +132,12 @@ def close() -> Callable[..., None]:
             assert (value - exact).abs().max() <= rtol * exact.abs().max() + rtol * 1e-6
 
     return check
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Skips where they can't be compiled for want of a compiler; fails where they should load and don't."""
+    reason = extension.load()
+    if reason is not None and extension.obstacle() is not None:
+        pytest.skip(f"no compiled kernels: {reason}")
+    assert reason is None, reason

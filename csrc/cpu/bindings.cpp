@@ -6,8 +6,9 @@
 
 #include <cmath>
 
+#include "isa.h"
+#include "memory.h"
 #include "problem.h"
-#include "tile.h"
 
 namespace sbert_kernels {
 namespace {
@@ -35,7 +36,7 @@ const int64_t* ids(const std::optional<Tensor>& tensor, int64_t rows, const char
   return tensor->const_data_ptr<int64_t>();
 }
 
-// A term as problem.py describes it, in integers:
+// A term as backends/cpu/contrastive.py describes it, in integers:
 // rows are queries, columns are queries, columns, group, weighted, duplicates are positive, own column,
 // number of pairs, (start, positive, weighted) of each, number of excluded diagonals, start of each.
 std::vector<Term> parse_terms(c10::IntArrayRef numbers) {
@@ -162,21 +163,20 @@ Outputs contrastive_op(
   problem.guide_margin = guide_margin;
   problem.guide_margin_relative = guide_margin_relative;
   problem.block_bytes = block_bytes;
-  std::vector<double> row_weights;
-  double weight_sum = 0;
   if (weights) {
     TORCH_CHECK(
         weights->device().is_cpu() && weights->is_contiguous() && weights->scalar_type() == at::kDouble &&
             weights->numel() == problem.rows,
         "weights must be a contiguous float64 tensor [", problem.rows, "]");
     problem.weights = weights->const_data_ptr<double>();
-    for (int64_t i = 0; i < problem.rows; ++i) weight_sum += problem.weights[i];
   }
 
   const auto options = queries.options().dtype(at::kFloat);
   const auto gradient = [&](bool wanted, Vectors& of) {
     if (!wanted || !of.data) return at::empty({0}, options);
-    Tensor result = at::zeros({of.rows, of.dimension}, options);
+    Tensor result = at::empty({of.rows, of.dimension}, options);
+    advise_huge_pages(result);
+    result.zero_();
     of.gradient = result.mutable_data_ptr<float>();
     return result;
   };
@@ -193,6 +193,7 @@ Outputs contrastive_op(
   Tensor weights_gradient = at::empty({needs[4] ? problem.rows : 0}, options);
   if (needs[4]) {
     float* out = weights_gradient.mutable_data_ptr<float>();
+    const double weight_sum = problem.weight_sum();
     for (int64_t i = 0; i < problem.rows; ++i) {
       out[i] = static_cast<float>((result.losses[i] - result.loss) / weight_sum);
     }
@@ -200,7 +201,7 @@ Outputs contrastive_op(
   return {loss, queries_gradient, documents_gradient, all_queries_gradient, scale_gradient, weights_gradient};
 }
 
-std::string instruction_set() { return tile_instruction_set(); }
+std::string cpu_instruction_set() { return instruction_set_name(); }
 
 }  // namespace
 
@@ -211,7 +212,7 @@ TORCH_LIBRARY(sbert_kernels, library) {
       "int[] terms, int[] dims, float[] dim_weights, bool cosine, float hardness, float eps, float guide_margin, "
       "bool guide_margin_relative, int row_offset, int products, float bounded_logit, int block_bytes, bool[5] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("cpu_instruction_set() -> str", instruction_set);
+  library.def("cpu_instruction_set() -> str", cpu_instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", contrastive_op); }

@@ -15,7 +15,6 @@
 // The own positive stays out of the tiles (see rows.cpp). Memory: the similarities of a block of rows, at most
 // Problem::block_bytes. Every output element is written by one task, in a fixed order: no atomics, deterministic.
 #include <algorithm>
-#include <numeric>
 
 #include "norms.h"
 #include "problem.h"
@@ -34,14 +33,13 @@ Result run_blocks(Problem& problem) {
   BlockRows rows(problem, work.block_rows);
   Result result;
   result.losses.resize(problem.rows);
-  double weight_sum = static_cast<double>(problem.rows);
-  if (problem.weights) weight_sum = std::accumulate(problem.weights, problem.weights + problem.rows, 0.0);
+  const double weight_sum = problem.weight_sum();
   const auto share = [&](int64_t i) { return (problem.weights ? problem.weights[i] : 1.0) / weight_sum; };
 
   for (int64_t begin = 0; begin < problem.rows; begin += work.block_rows) {
     const int64_t count = std::min(work.block_rows, problem.rows - begin);
     const int64_t tiles = (count + work.tile_rows - 1) / work.tile_rows;
-    parallel(tiles, [&](const auto& next_task) {
+    parallel_products(tiles, [&](const auto& next_task) {
       Scoring<P> scoring(work, rows, begin, count);
       for (int64_t tile = next_task(); tile >= 0; tile = next_task()) {
         scoring.run(tile);
@@ -53,7 +51,7 @@ Result run_blocks(Problem& problem) {
       }
     });
     if (!problem.want_gradient) continue;
-    parallel(tiles, [&](const auto& next_task) {
+    parallel_products(tiles, [&](const auto& next_task) {
       Weighing<P> weighing(work, rows, begin, count);
       for (int64_t tile = next_task(); tile >= 0; tile = next_task()) weighing.run(tile);
     });

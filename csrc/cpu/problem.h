@@ -1,5 +1,5 @@
-// What the CPU kernels of the contrastive operation are handed. Symbols as in backends/problem.py: N rows, M documents,
-// D the embedding dimension, P Matryoshka prefixes (one, of width D, without Matryoshka).
+// What the CPU kernels of the contrastive operation are handed. Symbols as in backends/problem/contrastive.py: N rows,
+// M documents, D the embedding dimension, P Matryoshka prefixes (one, of width D, without Matryoshka).
 #pragma once
 
 #include <cstdint>
@@ -80,6 +80,17 @@ struct Problem {
   }
   int64_t first_row(const Term& term) const { return term.rows_are_queries ? 0 : row_offset; }
   const int64_t* ids_of(const Term& term) const { return term.columns_are_queries ? query_ids : document_ids; }
+  // What the weighted sum over the rows is divided by; 1 where no row counts, so that the loss is 0 then.
+  double weight_sum() const {
+    if (!weights) return static_cast<double>(rows);
+    double sum = 0;
+    bool counts = false;
+    for (int64_t i = 0; i < rows; ++i) {
+      sum += weights[i];
+      counts = counts || weights[i] != 0;
+    }
+    return counts ? sum : 1;
+  }
 };
 
 struct Result {

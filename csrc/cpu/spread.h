@@ -44,7 +44,7 @@ void spread(Workspace<P>& work, int64_t begin, int64_t count) {
   for (Vectors* columns : {&work.problem.queries, &work.problem.documents, &work.problem.all_queries}) {
     if (!columns->data) continue;
     const int64_t tiles = (columns->rows + kTileColumns - 1) / kTileColumns;
-    parallel(tiles, [&](const auto& next_task) {
+    parallel_products(tiles, [&](const auto& next_task) {
       for (int64_t tile = next_task(); tile >= 0; tile = next_task()) {
         for (size_t term = 0; term < work.problem.terms.size(); ++term) {
           if (&work.problem.columns_of(work.problem.terms[term]) != columns) continue;

@@ -1,33 +1,16 @@
 #include "tile.h"
 
-#include <ATen/Version.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <string>
 
-#if defined(__GNUC__)
-#define SBK_INLINE inline __attribute__((always_inline))
-#define SBK_RESTRICT __restrict__
-#else
-#define SBK_INLINE inline
-#define SBK_RESTRICT
-#endif
+#include "isa.h"
 
 namespace sbert_kernels {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <class To, class From>
-SBK_INLINE To bits(From from) {
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 // e^x within 1.5 units in the last place; 0 below -87.3 (no subnormal numbers), inf above 88, NaN for NaN. Argument
 // reduction after Cody and Waite, polynomial of Cephes' expf; branch-free, so that it vectorises.
@@ -239,12 +222,6 @@ SBK_INLINE void transpose_body(const float* in, int64_t ld, int64_t columns, int
   }
 }
 
-SBK_INLINE uint16_t round_to_bf16(float x) {
-  const uint32_t u = bits<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
-}
-
 SBK_INLINE void split_body(
     const float* SBK_RESTRICT in, int64_t count, uint16_t* SBK_RESTRICT high, uint16_t* SBK_RESTRICT low) {
   if (!low) {
@@ -262,9 +239,6 @@ SBK_INLINE void split_body(
   }
 }
 
-SBK_INLINE float to_float(float x) { return x; }
-SBK_INLINE float to_float(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
-
 template <class T, class U>
 SBK_INLINE double dot_body(const T* a, const U* b, int64_t count) {
   double sum = 0;
@@ -279,7 +253,6 @@ SBK_INLINE void add_scaled_body(const T* x, float factor, int64_t count, float* 
   for (int64_t i = 0; i < count; ++i) out[i] += factor * to_float(x[i]);
 }
 
-// One set of entry points for each instruction set: the bodies above are inlined into them and compiled for it.
 #define SBK_ENTRY_POINTS(NAME, TARGET, SHUFFLES)                                                            \
   TARGET void score_##NAME(const ScoreTile& t) { score_body(t); }                                           \
   TARGET void maximum_##NAME(const StatisticsTile& t) { maximum_body(t); }                                  \
@@ -315,39 +288,10 @@ SBK_INLINE void add_scaled_body(const T* x, float factor, int64_t count, float* 
       {dot_##NAME, dot_##NAME, add_scaled_##NAME},                                                          \
       {dot_bf16_##NAME, dot_bf16_float_##NAME, add_scaled_bf16_##NAME}};
 
-SBK_ENTRY_POINTS(baseline, , false)
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-#define SBK_X86
-SBK_ENTRY_POINTS(avx2, __attribute__((target("avx2,fma"))), false)
-SBK_ENTRY_POINTS(
-    avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), true)
-#endif
-
-struct Chosen {
-  const TileKernels* kernels = &kKernels_baseline;
-  const char* name = "baseline";
-  Chosen() {
-#ifdef SBK_X86
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") {
-      kernels = &kKernels_avx512;
-      name = "AVX512";
-    } else if (capability == "AVX2") {
-      kernels = &kKernels_avx2;
-      name = "AVX2";
-    }
-#endif
-  }
-};
-
-const Chosen& chosen() {
-  static const Chosen value;
-  return value;
-}
+SBK_FOR_EACH_ISA(SBK_ENTRY_POINTS)
 
 }  // namespace
 
-const TileKernels& tile_kernels() { return *chosen().kernels; }
-const char* tile_instruction_set() { return chosen().name; }
+const TileKernels& tile_kernels() { return SBK_BY_ISA(kKernels_); }
 
 }  // namespace sbert_kernels

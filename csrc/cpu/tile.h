@@ -102,8 +102,7 @@ struct TileKernels {
   }
 };
 
-// For the instruction set that ATen has chosen, which the environment variable ATEN_CPU_CAPABILITY can lower.
+// For the instruction set in use.
 const TileKernels& tile_kernels();
-const char* tile_instruction_set();
 
 }  // namespace sbert_kernels

@@ -4,9 +4,9 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
+#include "parallel.h"
 #include "problem.h"
 #include "products.h"
 #include "tile.h"
@@ -17,17 +17,10 @@ namespace sbert_kernels {
 // tile of rows beyond it.
 constexpr int64_t kPanelBytes = 16 << 20;
 
-// Runs tasks 0 .. tasks - 1, each of which writes what no other writes, in an order of its own: results do not depend
-// on who runs them. `worker` is called once for each thread, with a function that hands out the next task or -1: cores
-// that are faster, or not shared with somebody else, take more of them.
+// parallel() for tasks that multiply: the thread's products are released after them.
 template <class Worker>
-void parallel(int64_t tasks, const Worker& worker) {
-  std::atomic<int64_t> next{0};
-  const auto next_task = [&] {
-    const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-    return task < tasks ? task : -1;
-  };
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+void parallel_products(int64_t tasks, const Worker& worker) {
+  parallel(tasks, [&](const auto& next_task) {
     worker(next_task);
     at::native::cpublas::brgemm_release();
   });

@@ -1,7 +1,8 @@
 """Fused, memory-lean drop-in replacements for the losses of sentence-transformers.
 
 The two ways in: ``sbert_kernels.patch()`` before a training script builds its losses, or ``from sbert_kernels import
-losses`` in place of the stock import. :func:`contrastive_loss` is the operation under them.
+losses`` in place of the stock import. :func:`contrastive_loss`, :func:`ranking_loss` and
+:func:`pairwise_similarity` are the operations under them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from . import losses as losses
     from .backends import use_backend as use_backend
     from .ops.contrastive import contrastive_loss as contrastive_loss
+    from .ops.pairwise import pairwise_similarity as pairwise_similarity
+    from .ops.ranking import angle_loss as angle_loss
+    from .ops.ranking import cosent_loss as cosent_loss
+    from .ops.ranking import ranking_loss as ranking_loss
     from .patching import patch as patch
     from .patching import unpatch as unpatch
 
@@ -20,9 +25,13 @@ __version__ = "0.1.0"
 
 # Loaded on first use: importing the package costs no import of torch or sentence-transformers.
 _PUBLIC = {
+    "angle_loss": ("ops.ranking", "angle_loss"),
     "contrastive_loss": ("ops.contrastive", "contrastive_loss"),
+    "cosent_loss": ("ops.ranking", "cosent_loss"),
     "losses": ("losses", None),
+    "pairwise_similarity": ("ops.pairwise", "pairwise_similarity"),
     "patch": ("patching", "patch"),
+    "ranking_loss": ("ops.ranking", "ranking_loss"),
     "unpatch": ("patching", "unpatch"),
     "use_backend": ("backends", "use_backend"),
 }

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sbert_kernels import contrastive_loss
 from sbert_kernels import settings as library
-from sbert_kernels.backends import cpu
-from sbert_kernels.backends.cpu import Products
+from sbert_kernels.backends.cpu import contrastive as cpu
+from sbert_kernels.backends.cpu.contrastive import Products
 
 DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from sbert_kernels import use_backend
-from sbert_kernels.backends import BACKENDS, OPERATIONS, choose, cpu
+from sbert_kernels.backends import BACKENDS, OPERATIONS, choose
+from sbert_kernels.backends.cpu import contrastive as cpu
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_backend_has_the_operations_that_it_declares(operation: str) -> None:
     for backend in BACKENDS:
         if operation in backend.operations:
-            assert callable(backend.function(operation))
+            assert callable(getattr(backend.module(operation), operation))
 
 
 def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

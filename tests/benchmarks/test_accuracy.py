@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sbert_kernels import extension
-from sbert_kernels.backends import cpu
+from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.benchmarks import accuracy
 
 

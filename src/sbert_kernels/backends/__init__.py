@@ -1,4 +1,4 @@
-"""How an operation is computed. A backend is a module with one function per operation; this file chooses one per call.
+"""How an operation is computed. A backend is a package with a module an operation; this file chooses one per call.
 
 `reference` is the definition in eager torch, the ground truth that the others are tested against; it is used only when
 asked for. `cpu` serves most of what lies on the CPU, where its C++ kernels are compiled, and `blockwise` everything.
@@ -7,7 +7,7 @@ asked for. `cpu` serves most of what lies on the CPU, where its C++ kernels are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,7 @@ from ..logs import log_once
 
 logger = logging.getLogger(__name__)
 
-OPERATIONS = ("contrastive",)
+OPERATIONS = ("contrastive", "ranking", "pairwise")
 
 
 @dataclass(frozen=True)
@@ -27,34 +27,31 @@ class Backend:
     """What dispatch knows of a backend before it is imported."""
 
     name: str
-    operations: tuple[str, ...]
     automatic: bool  # may be chosen without being asked for
     summary: str
     device: str | None = None  # the type of the device that it is made for
     uses_autograd: bool = False  # to compute gradients
 
-    def function(self, operation: str) -> Callable[..., Any]:
-        return getattr(self._module(), operation)
+    operations: tuple[str, ...] = OPERATIONS
 
-    def unsupported(self, problem: Any) -> str | None:
+    def module(self, operation: str) -> ModuleType:
+        """Its implementation of an operation: a function of that name, and what else the operation needs."""
+        return import_module(f".{self.name}.{operation}", __name__)
+
+    def unsupported(self, operation: str, problem: Any) -> str | None:
         """Why the backend cannot serve a problem although it serves the operation, or None."""
         if self.device is None:
             return None
         if problem is not None and problem.device.type != self.device:
             return f"the inputs are on {problem.device}"
-        return self._module().unsupported(problem)
-
-    def _module(self) -> ModuleType:
-        return import_module(f".{self.name}", __name__)
+        return self.module(operation).unsupported(problem)
 
 
 # In order of preference.
 BACKENDS = (
-    Backend("cpu", ("contrastive",), True, "C++ tiles that stay in the cache, float32 and narrower", device="cpu"),
-    Backend("blockwise", ("contrastive",), True, "row blocks of torch ops, any device and dtype"),
-    Backend(
-        "reference", ("contrastive",), False, "eager torch, holds every matrix, the ground truth", uses_autograd=True
-    ),
+    Backend("cpu", True, "C++ that stays in the cache", device="cpu"),
+    Backend("blockwise", True, "row blocks of torch ops, any device and dtype"),
+    Backend("reference", False, "eager torch, holds every matrix, the ground truth", uses_autograd=True),
 )
 
 
@@ -94,7 +91,7 @@ def choose(operation: str, requested: str | None = None, problem: Any = None) ->
         backend = _named(requested, origin)
         if operation not in backend.operations:
             raise ValueError(f"{origin}={requested!r} does not serve {operation!r}.")
-        reason = backend.unsupported(problem)
+        reason = backend.unsupported(operation, problem)
         if reason is not None:
             raise ValueError(f"{origin}={requested!r} cannot serve this call: {reason}.")
         return Choice(backend, f"asked for by {origin}")
@@ -102,7 +99,7 @@ def choose(operation: str, requested: str | None = None, problem: Any = None) ->
     for backend in BACKENDS:
         if not backend.automatic or operation not in backend.operations:
             continue
-        reason = backend.unsupported(problem)
+        reason = backend.unsupported(operation, problem)
         if reason is None:
             return Choice(backend, f"first in order of preference: {backend.summary}{passed_over}")
         passed_over += f"; not {backend.name}: {reason}"

@@ -19,15 +19,15 @@ from torch import Tensor
 from typing_extensions import deprecated
 
 from .. import settings
-from ..backends.problem import DUPLICATES
+from ..backends.problem.contrastive import DUPLICATES
 from ..ops.contrastive import contrastive_loss
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
 
-# (loss, ids of each column's rows) of the forward pass that runs in this thread.
-_TEXTS: ContextVar[tuple[Any, list[Tensor]] | None] = ContextVar("sbert_kernels_texts", default=None)
+# The ids of each column's rows, by loss, of the forward passes that run in this thread.
+_TEXTS: ContextVar[dict[Any, list[Tensor]] | None] = ContextVar("sbert_kernels_texts", default=None)
 
 
 def check_duplicates(duplicates: str) -> str:
@@ -99,7 +99,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         if self.duplicates == "keep" or settings.get("disable"):
             yield
             return
-        token = _TEXTS.set((self, [row_ids(features) for features in sentence_features]))
+        ids = [row_ids(features) for features in sentence_features]
+        token = _TEXTS.set({**(_TEXTS.get() or {}), self: ids})
         try:
             yield
         finally:
@@ -122,14 +123,20 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
 
     def compute_loss(
-        self, embeddings: list[Tensor], labels: Tensor | None, namespace: Any, prefixes: Prefixes = WHOLE
+        self,
+        embeddings: list[Tensor],
+        labels: Tensor | None,
+        namespace: Any,
+        prefixes: Prefixes = WHOLE,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one column of embeddings [N, D] for each of query, positive, negatives.
+        """The loss of one column of embeddings [N, D] for each of query, positive, negatives, and weights [N] of rows.
 
         ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used. Prefixes are
         for the fused operation only: ask :meth:`serves` first.
         """
-        if len(embeddings) < 2 or (prefixes is WHOLE and not self.serves(embeddings)):
+        weighted = None if weights is None else {"weights": "of the rows"}
+        if len(embeddings) < 2 or (prefixes is WHOLE and not self.serves(embeddings, weighted)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         queries, *documents = embeddings
         query_ids, document_ids = self._column_ids(embeddings)
@@ -149,6 +156,7 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
             partition_mode=self.partition_mode,
             hardness_mode=self.hardness_mode,
             hardness_strength=self.hardness_strength,
+            weights=weights,
             query_ids=query_ids,
             document_ids=document_ids,
             duplicates=self.duplicates,
@@ -162,8 +170,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         """Ids of the query columns and of all documents, gathered as the embeddings are."""
         if self.duplicates == "keep":
             return None, None
-        owner, ids = _TEXTS.get() or (None, None)
-        if owner is not self:
+        ids = (_TEXTS.get() or {}).get(self)
+        if ids is None:
             raise ValueError(
                 f"duplicates={self.duplicates!r} compares the texts of a batch, which only forward(sentence_features, "
                 "labels) sees: call that, or contrastive_loss(..., query_ids=, document_ids=) with ids of your own."

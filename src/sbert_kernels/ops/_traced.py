@@ -1,24 +1,53 @@
-"""The contrastive operation as one operator of a torch.compile graph.
+"""The operations as operators of a torch.compile graph.
 
 A compiler can't look into a backend's loops over reused buffers, and would freeze the settings that a backend is chosen
-by. So the graph holds this operator, and everything behind it happens at run time, as in an eager call.
+by. So the graph holds an operator, and everything behind it happens at run time, as in an eager call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.problem import ContrastiveProblem, ContrastiveResult, Needs, check_scale
+from ..backends.problem import ranking as ranking_contract
+from ..backends.problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, check_scale
+from ..backends.problem.pairwise import PairwiseGradients, PairwiseProblem
+from ..backends.problem.ranking import RankingProblem, RankingResult
 
 
-def run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> ContrastiveResult:
-    """What :func:`evaluate` gives, while torch.compile traces the call."""
+def evaluate(operation: str, backend: str | None, problem: Any, *arguments: Any, function: str | None = None) -> Any:
+    """What the backend of this name, or the first that serves the problem, gives for an operation.
+
+    ``function`` names another function of the operation's module than that of the operation's name.
+    """
+    return _computed_by(backends.choose(operation, backend, problem).backend, operation, problem, arguments, function)
+
+
+def _computed_by(
+    backend: backends.Backend, operation: str, problem: Any, arguments: tuple[Any, ...], function: str | None = None
+) -> Any:
+    compute = getattr(backend.module(operation), function or operation)
+    # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
+    with torch.autocast(problem.device.type, enabled=False), torch.no_grad():
+        return compute(problem, *arguments)
+
+
+def distinct(inputs: Sequence[Tensor | float | None]) -> list[Tensor | float | None]:
+    """The inputs, a tensor that plays two roles as a view of itself in the second: a graph takes no tensor twice."""
+    result: list[Tensor | float | None] = []
+    for value in inputs:
+        again = isinstance(value, Tensor) and any(value is other for other in result)
+        result.append(value.view_as(value) if again else value)
+    return result
+
+
+def contrastive(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> ContrastiveResult:
+    """The contrastive operation, while torch.compile traces the call."""
     values = {field.name: getattr(problem, field.name) for field in fields(problem)}
     scale = values.pop("scale")
     scale_is_tensor = isinstance(scale, Tensor)
@@ -37,27 +66,6 @@ def run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> Contr
     return ContrastiveResult(
         loss, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     )
-
-
-def distinct(inputs: Sequence[Tensor | float | None]) -> list[Tensor | float | None]:
-    """The inputs, a tensor that plays two roles as a view of itself in the second: a graph takes no tensor twice."""
-    result: list[Tensor | float | None] = []
-    for value in inputs:
-        again = isinstance(value, Tensor) and any(value is other for other in result)
-        result.append(value.view_as(value) if again else value)
-    return result
-
-
-def evaluate(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> ContrastiveResult:
-    """Loss and gradients by the backend of this name, or by the first that serves the problem."""
-    return _computed_by(backends.choose("contrastive", backend, problem).backend, problem, needs)
-
-
-def _computed_by(backend: backends.Backend, problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
-    function = backend.function("contrastive")
-    # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
-    with torch.autocast(problem.device.type, enabled=False), torch.no_grad():
-        return function(problem, needs)
 
 
 # The schema is read from the annotations, in which "X | None" is not known to every supported version of torch.
@@ -111,14 +119,18 @@ def _contrastive_loss(
         dims=tuple(dims),
         dim_weights=tuple(dim_weights),
     )
-    chosen = backends.choose("contrastive", backend, problem).backend
+    result = _with_gradients("contrastive", backend, problem, Needs(*needs))
+    return [problem.queries.new_empty(0) if x is None else x for x in result]
+
+
+def _with_gradients(operation: str, backend: str | None, problem: Any, needs: Sequence[bool]) -> Any:
+    chosen = backends.choose(operation, backend, problem).backend
     if chosen.uses_autograd and any(needs):
         raise RuntimeError(
             f"backend {chosen.name!r} differentiates by autograd, which is off inside a compiled graph: call it "
             "outside of torch.compile, or choose another backend."
         )
-    result = _computed_by(chosen, problem, Needs(*needs))
-    return [problem.queries.new_empty(0) if x is None else x for x in result]
+    return _computed_by(chosen, operation, problem, (needs,))
 
 
 @_contrastive_loss.register_fake
@@ -139,4 +151,97 @@ def _shapes(queries, documents, all_queries, *options):
         result(needs.all_queries, 0 if all_queries is None else all_queries.shape[0], dimension),
         result(needs.scale),
         result(needs.weights, rows),
+    ]
+
+
+def ranking(problem: RankingProblem, backend: str | None, needs: ranking_contract.Needs) -> RankingResult:
+    """The ranking operation, while torch.compile traces the call."""
+    scale_is_tensor = isinstance(problem.scale, Tensor)
+    loss, *gradients = _ranking_loss(
+        problem.scores,
+        problem.labels,
+        1.0 if scale_is_tensor else float(problem.scale),
+        problem.scale if scale_is_tensor else None,
+        problem.weights,
+        backend,
+        list(needs),
+    )
+    return RankingResult(loss, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)))
+
+
+@torch.library.custom_op("sbert_kernels::ranking_loss", mutates_args=())
+def _ranking_loss(
+    scores: Tensor,
+    labels: Tensor,
+    scale: float,
+    scale_tensor: Optional[Tensor],  # noqa: UP045
+    weights: Optional[Tensor],  # noqa: UP045
+    backend: Optional[str],  # noqa: UP045
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    problem = RankingProblem(scores, labels, scale if scale_tensor is None else scale_tensor, weights)
+    ranking_contract.check_values(problem)
+    result = _with_gradients("ranking", backend, problem, ranking_contract.Needs(*needs))
+    return [scores.new_empty(0) if x is None else x for x in result]
+
+
+@_ranking_loss.register_fake
+def _ranking_shapes(scores, labels, scale, scale_tensor, weights, backend, needs):
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    need_scores, need_scale, need_weights = needs
+    return [
+        scores.new_empty((), dtype=dtype),
+        scores.new_empty(scores.shape, dtype=dtype) if need_scores else scores.new_empty(0),
+        scores.new_empty((), dtype=dtype) if need_scale else scores.new_empty(0),
+        scores.new_empty(scores.shape, dtype=dtype) if need_weights else scores.new_empty(0),
+    ]
+
+
+def pairwise(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]:
+    """The scores of the pairwise operation, while torch.compile traces the call."""
+    return tuple(_pairwise(problem.x, list(problem.columns), ",".join(problem.similarities), backend))
+
+
+@torch.library.custom_op("sbert_kernels::pairwise_similarity", mutates_args=())
+def _pairwise(x: Tensor, columns: Sequence[Tensor], similarities: str, backend: Optional[str]) -> list[Tensor]:  # noqa: UP045
+    return list(evaluate("pairwise", backend, PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))))
+
+
+@_pairwise.register_fake
+def _pairwise_shapes(x, columns, similarities, backend):
+    problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
+    rows = x.shape[0] * len(columns)
+    return [x.new_empty((rows,), dtype=problem.dtype) for _ in problem.similarities]
+
+
+def pairwise_gradients(
+    problem: PairwiseProblem, backend: str | None, gradients: Sequence[Tensor | None], needs: Sequence[bool]
+) -> PairwiseGradients:
+    """The gradients of the pairwise operation, while torch.compile traces the call."""
+    given = [(name, g) for name, g in zip(problem.similarities, gradients, strict=True) if g is not None]
+    names, tensors = zip(*given, strict=True)
+    found = _pairwise_gradients(problem.x, list(problem.columns), ",".join(names), list(tensors), backend, list(needs))
+    x, *columns = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    return PairwiseGradients(x, tuple(columns))
+
+
+@torch.library.custom_op("sbert_kernels::pairwise_similarity_backward", mutates_args=())
+def _pairwise_gradients(
+    x: Tensor,
+    columns: Sequence[Tensor],
+    similarities: str,
+    gradients: Sequence[Tensor],
+    backend: Optional[str],  # noqa: UP045
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
+    flow = evaluate("pairwise", backend, problem, gradients, needs, function="pairwise_gradients")
+    return [x.new_empty(0) if gradient is None else gradient for gradient in (flow.x, *flow.columns)]
+
+
+@_pairwise_gradients.register_fake
+def _pairwise_gradient_shapes(x, columns, similarities, gradients, backend, needs):
+    return [
+        torch.empty_like(v, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for v, need in zip((x, *columns), needs, strict=True)
     ]

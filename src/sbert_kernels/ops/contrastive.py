@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from ..backends import problem as contract
-from ..backends.problem import ContrastiveProblem, Needs
+from ..backends.problem import contrastive as contract
+from ..backends.problem.contrastive import ContrastiveProblem, Needs
+from . import _checks as checks
 from . import _traced
+from ._autograd import destinations_of, handle_of, learnable, scaled
 
 
 class _Contrastive(torch.autograd.Function):
@@ -39,7 +40,7 @@ class _Contrastive(torch.autograd.Function):
         ctx: FunctionCtx,
         problem: ContrastiveProblem,
         backend: str | None,
-        handle: Tensor,  # (), see _handle
+        handle: Tensor,  # (), see handle_of
         *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
     ) -> Tensor:
         queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[3:]
@@ -50,57 +51,21 @@ class _Contrastive(torch.autograd.Function):
             handle, result.queries, result.all_queries, result.scale, result.weights, result.documents
         )
         ctx.document_rows = [len(column) for column in problem.documents]
-        ctx.destinations = [(t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors]
+        ctx.destinations = destinations_of(tensors)
         return result.loss
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         handle, *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
-        in_place = _graph_is_freed()
-        scaled = []
-        for gradient, wanted, destination in zip(gradients, ctx.needs_input_grad[3:], ctx.destinations, strict=True):
-            if gradient is None or not wanted:
-                scaled.append(None)
-            else:
-                dtype, device = destination
-                product = gradient.mul_(grad_output) if in_place else gradient * grad_output
-                scaled.append(product.to(dtype=dtype, device=device))
-        if torch.is_grad_enabled():  # create_graph: a gradient without a node would look like a constant
-            scaled = [None if g is None else _NoSecondDerivative.apply(g, handle) for g in scaled]
-        return None, None, None, *scaled
-
-
-def _graph_is_freed() -> bool:
-    """Whether the backward pass that runs now is the last to see the saved tensors, and may use their memory."""
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return not torch.compiler.is_compiling() and keeps_graph is not None and not keeps_graph()
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on a gradient; raises when anything is differentiated through it."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor, handle: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "contrastive_loss is differentiable once; for a second derivative (a gradient penalty) use the stock loss."
-        )
-
-
-def _handle(tensors: Sequence[Tensor]) -> Tensor:
-    """A zero that depends on all of these tensors, for the graph of a gradient to hang on, without keeping them alive.
-
-    Whichever inputs or parameters a second derivative is asked for, its way to them leads through this.
-    """
-    return sum((t[:0] if t.dim() else t.expand(0)).sum() for t in tensors)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *scaled("contrastive_loss", gradients, ctx.destinations, wanted, grad_output, handle)
 
 
 def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
-    return (_traced.run if torch.compiler.is_compiling() else _traced.evaluate)(problem, backend, needs)
+    if torch.compiler.is_compiling():
+        return _traced.contrastive(problem, backend, needs)
+    return _traced.evaluate("contrastive", backend, problem, needs)
 
 
 def contrastive_loss(
@@ -145,7 +110,7 @@ def contrastive_loss(
         hardness_mode: None, "in_batch_negatives", "hard_negatives" or "all_negatives": which documents get
             ``hardness_strength * stop_gradient(similarity)`` added to their logit.
         hardness_strength: Not negative.
-        weights: Weight of each row, [N]; the loss is the weighted mean. All-zero weights give NaN.
+        weights: Weight of each row, [N]; the loss is the weighted mean. 0 where no row has one.
         query_ids: int64, one for each query column, [N] or [W] with ``all_queries``. Equal ids mean equal texts.
         document_ids: int64, [M] for all documents in the order given.
         duplicates: What becomes of a column with the id of the row's own column: "keep" it as a negative (as stock
@@ -197,14 +162,11 @@ def contrastive_loss(
         matryoshka_weights=matryoshka_weights,
     )
     inputs = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("contrastive_loss has no forward-mode derivative; use the stock loss for it.")
-    learnable = [t for t in tensors if t.requires_grad]
-    if learnable and torch.is_grad_enabled():
+    tensors = learnable("contrastive_loss", inputs)
+    if tensors:
         if torch.compiler.is_compiling():
             inputs = _traced.distinct(inputs)
-        return _Contrastive.apply(problem, backend, _handle(learnable), *inputs)
+        return _Contrastive.apply(problem, backend, handle_of(tensors), *inputs)
     return _run(problem, backend, Needs()).loss
 
 
@@ -219,30 +181,30 @@ def _validated(
     **options: Any,
 ) -> ContrastiveProblem:
     """The problem, or the error that says which argument cannot be served."""
-    _embedding("queries", queries)
-    columns = _columns("documents", documents)
+    checks.vectors("queries", queries)
+    columns = checks.columns("documents", documents, "expected the positives, then a tensor for each negatives column")
     for index, column in enumerate(columns):
-        _alike(f"documents[{index}]", column, "queries", queries)
+        checks.alike(f"documents[{index}]", column, "queries", queries)
     n, world = len(queries), len(columns[0])
 
-    _one_of("similarity", options["similarity"], contract.SIMILARITIES)
+    checks.one_of("similarity", options["similarity"], contract.SIMILARITIES)
     directions = (directions,) if isinstance(directions, str) else tuple(directions)
     for direction in directions:
-        _one_of("directions", direction, contract.DIRECTIONS)
+        checks.one_of("directions", direction, contract.DIRECTIONS)
     if "query_to_doc" not in directions:
         raise ValueError(f"directions must contain 'query_to_doc', which holds the positive pair; got {directions}.")
-    _one_of("partition_mode", options["partition_mode"], contract.PARTITION_MODES)
+    checks.one_of("partition_mode", options["partition_mode"], contract.PARTITION_MODES)
     without_positive = [d for d in directions if d in ("query_to_query", "doc_to_doc")]
     if options["partition_mode"] == "per_direction" and without_positive:
         raise ValueError(
             f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
         )
-    _one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
+    checks.one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
     for name in ("hardness_strength", "margin"):
-        options[name] = _number(name, options[name])
+        options[name] = checks.number(name, options[name])
     if not 0 <= options["hardness_strength"] < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
-    _one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
+    checks.one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
     if not abs(options["margin"]) < math.inf:
         raise ValueError(f"margin must be a finite number, got {options['margin']}.")
     _scale(options["scale"])
@@ -263,8 +225,8 @@ def _validated(
         )
     all_queries = options["all_queries"]
     if all_queries is not None:
-        _embedding("all_queries", all_queries)
-        _alike("all_queries", all_queries, "queries", queries)
+        checks.vectors("all_queries", all_queries)
+        checks.alike("all_queries", all_queries, "queries", queries)
         if len(all_queries) != world:
             raise ValueError(f"all_queries has {len(all_queries)} rows, expected {world}, as many as documents[0].")
     elif world != n and not guided and ("query_to_query" in directions or "doc_to_query" in directions):
@@ -272,7 +234,7 @@ def _validated(
             f"all_queries is required for directions {directions} when documents[0] has more rows ({world}) than "
             f"queries ({n})."
         )
-    _weights(options["weights"], queries)
+    checks.row_weights(options["weights"], len(queries), queries.device)
     _ids(options, directions, n if all_queries is None else world, sum(map(len, columns)), queries.device)
     dims, dim_weights = _prefixes(matryoshka_dims, matryoshka_weights, queries.shape[1])
     return ContrastiveProblem(
@@ -286,83 +248,21 @@ def _validated(
     )
 
 
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-
-
-def _number(name: str, value: Any) -> Real:
-    if isinstance(value, Tensor) and value.dim() == 0:
-        value = value.item()
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    return value
-
-
-def _embedding(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
-    if not value.is_floating_point() or torch.finfo(value.dtype).bits < 16:
-        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}.")
-    if value.dim() != 2 or 0 in value.shape:
-        raise ValueError(f"{name} must have shape [rows, dimension] and not be empty, got {list(value.shape)}.")
-
-
-def _columns(name: str, value: Any) -> tuple[Tensor, ...]:
-    if not isinstance(value, (Tensor, Sequence)):
-        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}.")
-    columns = (value,) if isinstance(value, Tensor) else tuple(value)
-    if not columns:
-        raise ValueError(f"{name} is empty: expected the positives, then a tensor for each negatives column.")
-    for index, column in enumerate(columns):
-        _embedding(f"{name}[{index}]", column)
-    return columns
-
-
-def _alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    for attribute, got, wanted in (
-        ("dimension", value.shape[1], other.shape[1]),
-        ("dtype", value.dtype, other.dtype),
-        ("device", value.device, other.device),
-    ):
-        # float16, bfloat16 and float32 are all computed in float32, side by side as well.
-        mixed = attribute == "dtype" and torch.float64 not in (got, wanted)
-        if got != wanted and not mixed:
-            raise ValueError(f"{name} has {attribute} {got}, expected {wanted}, that of {other_name}.")
-
-
 def _scale(scale: Any) -> None:
+    checks.scale_type(scale)
     if isinstance(scale, Tensor):
-        if scale.dim() != 0 or not scale.is_floating_point():
-            raise ValueError(
-                f"scale must be a number or a 0-d floating-point tensor, got {list(scale.shape)} of {scale.dtype}."
-            )
         # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
         # either; the operator in its graph does.
         if scale.device.type != "cpu" or torch.compiler.is_compiling():
             return
         scale = scale.item()
-    contract.check_scale(_number("scale", scale))
-
-
-def _weights(weights: Any, queries: Tensor) -> None:
-    if weights is None:
-        return
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"weights must be a floating-point tensor, got {getattr(weights, 'dtype', type(weights))}.")
-    if list(weights.shape) != [len(queries)] or weights.device != queries.device:
-        raise ValueError(
-            f"weights must have shape [{len(queries)}] on {queries.device}, got {list(weights.shape)} on "
-            f"{weights.device}."
-        )
+    contract.check_scale(checks.number("scale", scale))
 
 
 def _ids(
     options: dict[str, Any], directions: tuple[str, ...], query_columns: int, documents: int, device: torch.device
 ) -> None:
-    _one_of("duplicates", options["duplicates"], contract.DUPLICATES)
+    checks.one_of("duplicates", options["duplicates"], contract.DUPLICATES)
     needed = {
         "document_ids": True,
         "query_ids": "query_to_query" in directions or "doc_to_query" in directions,
@@ -422,8 +322,8 @@ def _guide(
         return ()
     if all_queries is not None:
         raise ValueError("all_queries cannot be combined with guide_queries: a guide sees the local queries only.")
-    _embedding("guide_queries", guide_queries)
-    guides = _columns("guide_documents", guide_documents)
+    checks.vectors("guide_queries", guide_queries)
+    guides = checks.columns("guide_documents", guide_documents, "expected the guide's vectors of the documents")
     for name, guide, vectors in (
         ("guide_queries", [guide_queries], [queries]),
         ("guide_documents", guides, columns),
@@ -431,7 +331,7 @@ def _guide(
         if [len(x) for x in guide] != [len(x) for x in vectors]:
             raise ValueError(f"{name} has {[len(x) for x in guide]} rows, expected {[len(x) for x in vectors]}.")
     for index, guide in enumerate(guides):
-        _alike(f"guide_documents[{index}]", guide, "guide_queries", guide_queries)
+        checks.alike(f"guide_documents[{index}]", guide, "guide_queries", guide_queries)
     if guide_queries.device != queries.device:
         raise ValueError(f"guide_queries is on {guide_queries.device}, expected {queries.device}, that of queries.")
     return guides

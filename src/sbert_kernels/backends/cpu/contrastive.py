@@ -1,4 +1,4 @@
-"""The operations in C++ (csrc/cpu): tiles that stay in the cache, every option, all Matryoshka prefixes in one pass.
+"""The contrastive operation in C++: tiles that stay in the cache, every option, all Matryoshka prefixes in one pass.
 
 Operands are float32 or bfloat16. Which products float32 operands get follows `torch.set_float32_matmul_precision`:
 
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import extension, settings
-from .blockwise import UNSHIFTED_LOGIT
-from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
+from ... import settings
+from ..blockwise.contrastive import UNSHIFTED_LOGIT
+from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term
+from ._operators import obstacle
 
 # Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
 # costs little. Fewer rows would make the passes over the columns' gradients cost more.
@@ -45,15 +46,7 @@ def unsupported(problem: ContrastiveProblem | None) -> str | None:
         return "float64 is computed in torch ops"
     if problem is not None and problem.guided and problem.guide_queries.dtype == torch.float64:
         return "the guide is float64"
-    reason = extension.load()
-    if reason is None:
-        _register_fakes()
-    return reason
-
-
-@cache
-def _register_fakes() -> None:
-    torch.library.register_fake("sbert_kernels::contrastive", _fake_contrastive)
+    return obstacle(FAKES)
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
@@ -205,3 +198,7 @@ def _own_negative_pairs(problem: ContrastiveProblem, term: Term) -> list[tuple[i
     if problem.hardness_mode == "all_negatives":
         return []
     return [(start, False, problem.hardness_mode == "hard_negatives") for start in term.own_negatives]
+
+
+# After the functions that it names.
+FAKES = {"contrastive": _fake_contrastive}

@@ -33,8 +33,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .. import settings
-from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
+from ... import settings
+from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
 # exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
 UNSHIFTED_LOGIT = 40.0
@@ -157,7 +157,7 @@ class _Pass:
             share = torch.full((n,), 1 / n, dtype=problem.dtype, device=device)
         else:
             weights = weights.detach().to(problem.dtype)
-            share = weights / weights.sum()
+            share = weights / weight_sum(weights)
         losses = torch.zeros(n, dtype=problem.dtype, device=device)
         self.scale_gradient = torch.zeros((), dtype=problem.dtype, device=device)
 
@@ -186,7 +186,7 @@ class _Pass:
             documents=self.documents.total,
             all_queries=self._all_queries_gradient(),
             scale=self.scale_gradient if needs.scale else None,
-            weights=(losses - loss) / weights.sum() if needs.weights else None,
+            weights=(losses - loss) / weight_sum(weights) if needs.weights else None,
         )
 
     def _all_queries_gradient(self) -> Tensor | None:

@@ -164,6 +164,11 @@ class ContrastiveProblem:
         return own_similarity - slack + 8 * torch.finfo(own_similarity.dtype).eps
 
 
+def weight_sum(weights: Tensor) -> Tensor:
+    """What the weighted sum over the rows is divided by; 1 where no row counts, so that the loss is 0 then."""
+    return torch.where((weights != 0).any(), weights.sum(), 1)
+
+
 class Needs(NamedTuple):
     """Which gradients the caller will use."""
 

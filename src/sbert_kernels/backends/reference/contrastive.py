@@ -1,6 +1,6 @@
-"""The ground truth: the definition of each operation, in eager torch, with every matrix held and autograd's gradients.
+"""The contrastive operation by its definition: every matrix held, autograd's gradients.
 
-Written for reading and for fp64. It shares no trick with the other backends, so that it can judge them.
+It shares no trick with the other backends, so that it can judge them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import ContrastiveProblem, ContrastiveResult, Needs, Term
+from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
@@ -75,7 +75,7 @@ def _loss(
         positive = torch.cat([positives[term] for term in group], dim=1)
         positive_logit = z.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
         loss = loss + (torch.logsumexp(z, dim=1) - positive_logit) / len(groups)
-    return loss.mean() if weights is None else (weights * loss).sum() / weights.sum()
+    return loss.mean() if weights is None else (weights * loss).sum() / weight_sum(weights)
 
 
 def _term(

@@ -1,0 +1,1 @@
+"""The operations in C++ (csrc/cpu), compiled for the machine."""

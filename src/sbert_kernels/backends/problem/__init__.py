@@ -1,0 +1,1 @@
+"""What a backend is handed for each operation, and what it hands back."""

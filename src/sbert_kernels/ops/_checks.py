@@ -1,0 +1,82 @@
+"""Checks that the operations share: each raises an error that names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def number(name: str, value: Any) -> Real:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    return value
+
+
+def floating(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
+    if not value.is_floating_point() or torch.finfo(value.dtype).bits < 16:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}.")
+
+
+def vectors(name: str, value: Any, filled: bool = True) -> None:
+    """A matrix of embeddings; ``filled``: of at least one row."""
+    floating(name, value)
+    if value.dim() != 2 or value.shape[1] == 0 or (filled and value.shape[0] == 0):
+        wanted = "[rows, dimension] and not be empty" if filled else "[rows, dimension]"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}.")
+
+
+def columns(name: str, value: Any, wanted: str, filled: bool = True) -> tuple[Tensor, ...]:
+    """One matrix, or a sequence of matrices, as a tuple."""
+    if not isinstance(value, (Tensor, Sequence)):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}.")
+    columns = (value,) if isinstance(value, Tensor) else tuple(value)
+    if not columns:
+        raise ValueError(f"{name} is empty: {wanted}.")
+    for index, column in enumerate(columns):
+        vectors(f"{name}[{index}]", column, filled)
+    return columns
+
+
+def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    for attribute, got, wanted in (
+        ("dimension", value.shape[1], other.shape[1]),
+        ("dtype", value.dtype, other.dtype),
+        ("device", value.device, other.device),
+    ):
+        # float16, bfloat16 and float32 are all computed in float32, side by side as well.
+        mixed = attribute == "dtype" and torch.float64 not in (got, wanted)
+        if got != wanted and not mixed:
+            raise ValueError(f"{name} has {attribute} {got}, expected {wanted}, that of {other_name}.")
+
+
+def row_weights(value: Any, rows: int, device: torch.device) -> None:
+    if value is None:
+        return
+    floating("weights", value)
+    if list(value.shape) != [rows] or value.device != device:
+        raise ValueError(f"weights must have shape [{rows}] on {device}, got {list(value.shape)} on {value.device}.")
+
+
+def scale_type(scale: Any) -> None:
+    """Of a scale, all that can be known without reading a tensor's value."""
+    if not isinstance(scale, Tensor):
+        number("scale", scale)
+    elif scale.dim() != 0 or not scale.is_floating_point():
+        raise ValueError(
+            f"scale must be a number or a 0-d floating-point tensor, got {list(scale.shape)} of {scale.dtype}."
+        )

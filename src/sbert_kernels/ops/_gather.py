@@ -1,0 +1,77 @@
+"""The pairs of all ranks for a ranking loss: three numbers a pair travel, in one collective, never an embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Sent along, so that ranks that disagree all find out, and none reads another's bits as what they are not.
+KINDS = (None, torch.int64, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def gather_rows(
+    scores: Tensor, labels: Tensor, weights: Tensor | None, label_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, comparable labels and weights of the pairs of all ranks, [sum of n], in the order of the ranks.
+
+    ``label_dtype`` is that of the labels before they became comparable.
+
+    The gradient of this rank's scores (and weights) is its part of that of all, times the number of ranks: every rank
+    computes the same loss, and the mean of their gradients is to be that of the loss.
+
+    Without a process group of several ranks, the arguments.
+
+    Raises:
+        ValueError: the ranks disagree on a dtype or on whether there are weights; on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return scores, labels, weights
+    # uint64 was moved to int64, where it is not to be compared with what was int64 before.
+    label_kind = label_dtype if label_dtype == torch.uint64 else labels.dtype
+    kind = [KINDS.index(dtype) for dtype in (scores.dtype, label_kind, None if weights is None else weights.dtype)]
+    told = _all_gather(torch.tensor([len(scores), *kind], device=scores.device))  # (W, 4)
+    counts, kinds = told[:, 0].tolist(), told[:, 1:].tolist()
+    if any(other != kind for other in kinds):
+        described = [
+            ", ".join(f"{name}: {KINDS[k]}" for name, k in zip(("scores", "labels", "weights"), other, strict=True))
+            for other in kinds
+        ]
+        raise ValueError(f"gather_across_devices needs the same types on every rank, got {described}.")
+
+    columns = [column for column in (scores, labels, weights) if column is not None]
+    packed = torch.zeros(len(columns), max(counts), dtype=torch.int64, device=scores.device)
+    for row, column in zip(packed, columns, strict=True):
+        wide = column.detach()
+        row[: len(wide)] = wide if wide.dtype == torch.int64 else wide.to(torch.float64).view(torch.int64)
+    everyone = _all_gather(packed)  # (W, columns, most pairs of a rank)
+    gathered: list[Tensor | None] = []
+    begin = sum(counts[: dist.get_rank()])
+    for index, column in enumerate(columns):
+        joined = torch.cat([rows[index, :count] for rows, count in zip(everyone, counts, strict=True)])
+        if column.dtype != torch.int64:
+            joined = joined.view(torch.float64).to(column.dtype)
+        gathered.append(_Joined.apply(column, joined, begin) if column.requires_grad else joined)
+    return gathered[0], gathered[1], gathered[2] if weights is not None else None
+
+
+def _all_gather(value: Tensor) -> Tensor:
+    """(W, *shape) of every rank's tensor, all of one shape."""
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value)
+    return torch.stack(parts)
+
+
+class _Joined(torch.autograd.Function):
+    """The values of all ranks as a function of this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, joined: Tensor, begin: int) -> Tensor:
+        ctx.begin, ctx.count = begin, len(own)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output[ctx.begin : ctx.begin + ctx.count] * dist.get_world_size(), None, None
