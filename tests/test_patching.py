@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 from sentence_transformers.sentence_transformer import losses as stock
+from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
 import sbert_kernels
 from sbert_kernels import losses, patch, unpatch
 
-NAMES = losses.__all__
-STOCK = {name: getattr(stock, name) for name in NAMES}
+# Of the losses that stock has, the package that exports each.
+PACKAGES = {name: package for package in (stock, sparse) for name in losses.__all__ if hasattr(package, name)}
+NAMES = list(PACKAGES)
+STOCK = {name: getattr(package, name) for name, package in PACKAGES.items()}
 MODULES = {name: STOCK[name].__module__ for name in NAMES}
 
 
@@ -47,7 +50,7 @@ def test_every_binding_is_replaced_and_restored() -> None:
     replaced = patch().replaced
     assert replaced == STOCK
     for name in NAMES:
-        assert getattr(stock, name) is getattr(losses, name)
+        assert getattr(PACKAGES[name], name) is getattr(losses, name)
         assert getattr(sys.modules[MODULES[name]], name) is getattr(losses, name)
     cached = sys.modules[MODULES["CachedMultipleNegativesRankingLoss"]]
     assert cached.MultipleNegativesRankingLoss is losses.MultipleNegativesRankingLoss

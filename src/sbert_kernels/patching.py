@@ -10,7 +10,10 @@ from importlib import import_module
 from types import ModuleType, TracebackType
 from typing import Any
 
-STOCK_LOSSES = "sentence_transformers.sentence_transformer.losses"
+STOCK_LOSSES = (
+    "sentence_transformers.sentence_transformer.losses",
+    "sentence_transformers.sparse_encoder.losses",
+)
 
 
 class Patch(AbstractContextManager["Patch"]):
@@ -49,17 +52,19 @@ def patch() -> Patch:
     """
     if _undo:
         return Patch(_in_force[0].replaced)
-    import_module(STOCK_LOSSES)
+    packages = [import_module(package) for package in STOCK_LOSSES]
     losses = import_module(".losses", __package__)
     fused_of: dict[type, type] = {}
     missing = []
     for name in losses.__all__:
         fused = getattr(losses, name)
         stock = _stock_base(fused, name)
-        if stock is None or getattr(sys.modules[STOCK_LOSSES], name, None) is not stock:
-            missing.append(name)
-        else:
+        if stock is None:
+            continue  # a loss that stock does not have
+        if any(vars(package).get(name) is stock for package in packages):
             fused_of[stock] = fused
+        else:
+            missing.append(name)
     ours, early = [], []
     for module, attribute, stock in _bindings(fused_of):
         if _is_within(module.__name__, "sentence_transformers"):
@@ -101,7 +106,7 @@ def unpatch() -> None:
 
 
 def _stock_base(fused: type, name: str) -> type | None:
-    """The stock class that a drop-in stands for: its first base of the same name."""
+    """The stock class that a drop-in stands for: its first base of the same name, if it has one."""
     return next((base for base in fused.__mro__[1:] if base.__name__ == name), None)
 
 

@@ -54,24 +54,25 @@ def plain_scale(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def backward_to_reps(loss: Tensor, reps: list[list[Tensor]], scale: Any) -> Tensor:
+def backward_to_reps(loss: Tensor, reps: list[list[Tensor]], *parameters: Any) -> Tensor:
     """Back-propagate a loss up to its mini-batches of embeddings, and from there; return the detached loss.
 
-    The loss returned still carries the gradient of a learnable ``scale``, which must not be accumulated here: what
-    multiplies the loss is not known yet.
+    The loss returned still carries the gradients of those of ``parameters`` that are learnable (a scale, a weight),
+    which must not be accumulated here: what multiplies the loss is not known yet.
     """
+    own = [parameter for parameter in parameters if learnable(parameter)]
     wanted = [rep for column in reps for rep in column if rep.requires_grad]
-    inputs = [*wanted, scale] if learnable(scale) else wanted
-    if not inputs:
+    if not wanted and not own:
         loss.backward()  # torch says what is missing
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    gradients = torch.autograd.grad(loss, [*wanted, *own], allow_unused=True)
     found = [(rep, gradient) for rep, gradient in zip(wanted, gradients, strict=False) if gradient is not None]
     if found:
         # Into .grad where the embeddings are leaves, else into the caller's graph.
         torch.autograd.backward(*map(list, zip(*found, strict=True)))
     loss = loss.detach()
-    if learnable(scale) and gradients[-1] is not None:
-        loss = loss + ((scale - scale.detach()) * gradients[-1]).reshape(())
+    for parameter, gradient in zip(own, gradients[len(wanted) :], strict=True):
+        if gradient is not None:
+            loss = loss + ((parameter - parameter.detach()) * gradient).sum()
     return loss
 
 
@@ -79,21 +80,21 @@ def backward_to_reps(loss: Tensor, reps: list[list[Tensor]], scale: Any) -> Tens
 _catching = threading.RLock()
 
 
-def with_scale_gradient(loss: nn.Module, scale: Any, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Run ``forward`` of a cached loss so that its result also carries the gradient of a learnable scale.
+def catching_stage(
+    loss: nn.Module, forward: Callable[..., Tensor], *args: Any, scalar: Callable[[Any], Tensor] = lambda value: value
+) -> tuple[Tensor, list[Any]]:
+    """Run ``forward`` of a cached loss; return its result, and what its ``calculate_loss`` returned on the way.
 
-    The gradient cache detaches the value of ``calculate_loss`` and returns a new leaf. The value itself, which carries
-    the scale's gradient, is caught on its way, whoever has wrapped the method, and tied to the result.
+    The gradient cache detaches the value of ``calculate_loss`` and returns a new leaf, so that whatever else the value
+    carries has to be caught, whoever has wrapped the method. The cache gets ``scalar`` of the value.
     """
-    if not (learnable(scale) and torch.is_grad_enabled()):
-        return forward(*args)
-    values: list[Tensor] = []
+    values: list[Any] = []
     with _catching:
         stage, own = loss.calculate_loss, loss.__dict__.get("calculate_loss")
 
         def caught(*stage_args: Any, **stage_kwargs: Any) -> Tensor:
             values.append(stage(*stage_args, **stage_kwargs))
-            return values[-1]
+            return scalar(values[-1])
 
         loss.calculate_loss = caught
         try:
@@ -103,6 +104,14 @@ def with_scale_gradient(loss: nn.Module, scale: Any, forward: Callable[..., Tens
                 del loss.calculate_loss
             else:
                 loss.calculate_loss = own
+    return result, values
+
+
+def with_scale_gradient(loss: nn.Module, scale: Any, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Run ``forward`` of a cached loss so that its result also carries the gradient of a learnable scale."""
+    if not (learnable(scale) and torch.is_grad_enabled()):
+        return forward(*args)
+    result, values = catching_stage(loss, forward, *args)
     for value in values:
         result = result + (value - value.detach())
     return result

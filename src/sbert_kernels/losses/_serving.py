@@ -14,6 +14,13 @@ from ..logs import log_once
 
 logger = logging.getLogger(__name__)
 
+# The operation's names for the pairwise similarity functions of sentence-transformers.
+PAIRWISE = (
+    (util.pairwise_cos_sim, "cos"),
+    (util.pairwise_dot_score, "dot"),
+    (util.pairwise_angle_sim, "angle"),
+)
+
 
 def similarity_of(similarity_fct: Any) -> str | None:
     """The operation's name for a similarity function of sentence-transformers, or None for any other."""
@@ -24,6 +31,15 @@ def similarity_of(similarity_fct: Any) -> str | None:
     if similarity_fct in (util.cos_sim, util.pytorch_cos_sim):
         return "cos"
     return "dot" if similarity_fct is util.dot_score else None
+
+
+def pairwise_similarity_of(similarity_fct: Any) -> str | None:
+    """The same for a function that compares row by row."""
+    if getattr(similarity_fct, "__func__", None) is SentenceTransformer.similarity_pairwise:
+        model = similarity_fct.__self__
+        similarity_fct = util.SimilarityFunction.to_similarity_pairwise_fn(model.similarity_fn_name)
+    # Not looked up by its hash, which a callable of the user's need not have.
+    return next((name for known, name in PAIRWISE if known is similarity_fct), None)
 
 
 def unsupported_embeddings(embeddings: Sequence[Tensor]) -> str | None:

@@ -1,0 +1,98 @@
+"""The terms of a loss by name, and the arithmetic that the wrappers of sentence-transformers do with a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The term that holds what a wrapper adds to the loss, such as AdaptiveLayerLoss's divergence between layers.
+ADDED = "added_by_wrapper"
+
+
+class Components(dict[str, Tensor]):
+    """0-d tensors by name whose sum is the loss, as the Trainer takes and logs them.
+
+    Times or divided by a number, plus others: what MatryoshkaLoss and AdaptiveLayerLoss do with a loss is done to its
+    terms, so that their sum is always the same as if it had been done to the sum. Any other arithmetic is a TypeError.
+    """
+
+    __array_ufunc__ = None  # a numpy number leaves the arithmetic to this class
+
+    def total(self) -> Tensor:
+        return torch.stack(list(self.values())).sum()
+
+    def __mul__(self, factor: Any) -> Components:
+        return Components({name: value * factor for name, value in self.items()}) if _scalar(factor) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Components:
+        return (
+            Components({name: value / divisor for name, value in self.items()}) if _scalar(divisor) else NotImplemented
+        )
+
+    def __add__(self, other: Any) -> Components:
+        if _scalar(other):
+            if isinstance(other, Real) and other == 0:
+                return Components(self)
+            # So that it is on the device of the others, a number too.
+            other = {ADDED: other + torch.zeros_like(next(iter(self.values())))}
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return Components(
+            {
+                name: self[name] + other[name] if name in self and name in other else (self | other)[name]
+                for name in [*self, *(name for name in other if name not in self)]
+            }
+        )
+
+    __radd__ = __add__
+
+    def detached(self, total: Tensor) -> Components:
+        """These terms without their graph; the first carries whatever gradient ``total``, their sum, still does."""
+        first, *_ = self
+        values = {name: value.detach() for name, value in self.items()}
+        return Components(values | {first: values[first] + (total - total.detach())})
+
+    def driven_by(self, total: Tensor) -> Components:
+        """These terms, whose gradients go to ``total``, the loss that a gradient cache has returned.
+
+        The cache holds gradients of the sum, which serve any factor common to all terms. Others raise in the backward
+        pass.
+        """
+        values = torch.stack([value.detach() for value in self.values()])
+        parts = _CommonFactor.apply(total, values).unbind()
+        return Components(
+            {
+                name: part + (value - value.detach()) if value.requires_grad else part
+                for part, (name, value) in zip(parts, self.items(), strict=True)
+            }
+        )
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+class _CommonFactor(torch.autograd.Function):
+    """Values [K], whose one common gradient is that of ``total`` ()."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = total.dtype
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        first = grad_output[0]
+        if not torch.allclose(grad_output, first.expand_as(grad_output), rtol=0.0, atol=0.0, equal_nan=True):
+            raise RuntimeError(
+                "the terms of a WeightedLoss with mini_batch_size share one gradient cache, so one factor has to "
+                f"multiply them all, but their gradients are {grad_output.tolist()}. Sum all of them before the "
+                "backward pass, and put what weighs one against another into the weights of the WeightedLoss."
+            )
+        return first.to(ctx.dtype), None

@@ -1,0 +1,89 @@
+"""CoSENTLoss and AnglELoss over a gradient cache: all pairs of a batch compared, in the memory of a mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer, util
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from torch import Tensor
+
+from ._scale import backward_to_reps, with_scale_gradient
+from .cosent import AnglELoss, CoSENTLoss
+
+
+class _Cached(CachedLossMixin):
+    """The gradient cache around a ranking loss; a base before that loss."""
+
+    scale: Any
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        return with_scale_gradient(self, self.scale, self.forward_cached, sentence_features, labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of the whole batch from its mini-batches of embeddings.
+
+        With ``with_backward``, every mini-batch has its gradient in ``.grad`` afterwards, and the loss returned is
+        detached from all of them. It still carries the gradient of a learnable scale.
+        """
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        return backward_to_reps(loss, reps, self.scale) if with_backward else loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return super().get_config_dict() | {
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }
+
+
+class CachedCoSENTLoss(_Cached, CoSENTLoss):
+    """:class:`CoSENTLoss` over a gradient cache (Gao et al. 2021, arXiv 2101.06983): a batch is embedded in
+    mini-batches, twice, so that the number of pairs that are compared costs no memory of the encoder.
+
+    Values and gradients are those of CoSENTLoss over the whole batch; its comparisons grow as the square of the pairs.
+
+    Args:
+        model, scale, similarity_fct, gather_across_devices: See :class:`CoSENTLoss`.
+        mini_batch_size, mini_batch_num_tokens: The most rows, and padded tokens, of a column that are embedded at a
+            time, as in sentence-transformers' CachedMultipleNegativesRankingLoss.
+        show_progress_bar: Over the mini-batches.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | Tensor = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.pairwise_cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        *,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(model, scale, similarity_fct, gather_across_devices=gather_across_devices)
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
+
+
+class CachedAnglELoss(_Cached, AnglELoss):
+    """:class:`AnglELoss` over a gradient cache, for pairs, triplets and n-tuples; see :class:`CachedCoSENTLoss`."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | Tensor = 20.0,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        *,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(model, scale, gather_across_devices=gather_across_devices)
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
