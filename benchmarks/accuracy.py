@@ -55,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, writes the report."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    harness.begin(args)
     rows = QUICK_BATCH if args.quick else BATCH
     report = harness.Report(
         f"Contrastive loss: errors against float64, N={rows} D={DIM}{', quick run' if args.quick else ''}",
@@ -107,11 +106,5 @@ def _eager(leaves: list[Tensor], scale: float) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss * LOSS_FACTOR, leaves)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    harness.command_line(__doc__, add_arguments, run)

@@ -14,7 +14,6 @@ import argparse
 import importlib
 import math
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,12 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbert_kernels.benchmarks import harness
+from sbert_kernels.benchmarks.peers import OURS, STOCK, Embedded, compiled, largest_error
 
-STOCK = "sentence_transformers.sentence_transformer.losses"
-OURS = "sbert_kernels.losses"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUICK_BATCH = 256
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -98,20 +95,17 @@ PEERS = ("stock", "stock float32", "compiled", "ours")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options to a parser."""
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"which cases: {', '.join(CASES)}")
-    parser.add_argument("--large", action="store_true", help=f"add {', '.join(LARGE)} (three minutes on two cores)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
-    harness.add_arguments(parser, quick=f"batches of {QUICK_BATCH} at most, no compiled peer", repeats=5)
+    quick = f"batches of {QUICK_BATCH} at most, no compiled peer"
+    takes = "three minutes on two cores"
+    harness.add_arguments(parser, quick=quick, repeats=5, cases=CASES, large=LARGE, large_takes=takes)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    cases = harness.begin(args, CASES, LARGE)
     dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
-    names = args.cases or [name for name in CASES if name not in LARGE]
-    names += [name for name in LARGE if args.large and name not in names]
     report = harness.Report(
         f"Contrastive losses: forward + backward{', quick run' if args.quick else ''}",
         "contrastive",
@@ -126,9 +120,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(report.machine_line)
     failed = []
-    with tqdm(names, file=sys.stderr) as progress:
-        for name in progress:
-            case = CASES[name]
+    with tqdm(cases.items(), file=sys.stderr) as progress:
+        for name, case in progress:
             if args.device == "cuda":
                 case = replace(case, batch=case.cuda_batch)
             if args.quick:
@@ -187,36 +180,14 @@ def _run_case(
         peer = "ours" if library == OURS else "stock"
         say(f"{name}: memory of {peer}")
         result = harness.run_in_process(prepare, library, case, dtype, device)
-        row[f"{peer} MiB"] = result.error or _mib(result.peak_extra_bytes)
+        row[f"{peer} MiB"] = result.cell
         if not case.timed and not result.error:
             notes.append(f"{peer} took {result.seconds:.2f} s, loss {result.value:.6f}")
-    row["gradients MiB"] = _mib((2 + case.negatives) * case.batch * case.dim * dtype.itemsize)
+    row["gradients MiB"] = (2 + case.negatives) * case.batch * case.dim * dtype.itemsize / harness.MIB
     return row | {"note": "; ".join(notes)}
 
 
-def _mib(count: int | None) -> float | None:
-    return None if count is None else count / MIB
-
-
 # -- what is run ------------------------------------------------------------------------------------------------------
-
-
-class Embedded(nn.Sequential):
-    """A SentenceTransformer to the losses: its forward returns embeddings that exist already."""
-
-    max_seq_length = 512
-
-    def __init__(self, key: str, tokenizer: Any = None, dim: int | None = None) -> None:
-        super().__init__(nn.Identity())  # the losses look at model[0]
-        self.key = key
-        self.tokenizer = tokenizer
-        self.dim = dim
-
-    def get_embedding_dimension(self) -> int | None:
-        return self.dim
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"sentence_embedding": features[self.key]}
 
 
 def make_loss(library: str, case: Case) -> nn.Module:
@@ -315,9 +286,7 @@ def _parity(case: Case, dtype: torch.dtype, device: str) -> tuple[float, float, 
     reference = _loss_and_gradients(STOCK, case, exact)
     errors = {}
     for library in (STOCK, OURS):
-        found = _loss_and_gradients(library, case, inputs)
-        relative = [(x - y).norm() / y.norm() for x, y in zip(found, reference, strict=True)]
-        errors[library] = torch.stack(relative).max().item()  # nan if any is
+        errors[library] = largest_error(_loss_and_gradients(library, case, inputs), reference)
     low_precision = dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium"
     return errors[OURS], errors[STOCK], max(2e-2, errors[STOCK]) if low_precision else 1e-3
 
@@ -341,15 +310,8 @@ def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple
         contenders["stock float32"] = make_step(make_loss(STOCK, case), case, wide)[0]
     why_not = f"not compiled: {case.uncompiled}" if case.uncompiled else None
     if not case.uncompiled:
-        torch.compiler.reset()  # or the shapes of an earlier case would make this one's dynamic
-        compiled = make_step(torch.compile(make_loss(STOCK, case)), case, inputs)[0]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # remarks of the compiler on stock's code
-                compiled()
-            contenders["compiled"] = compiled
-        except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, say
-            why_not = f"not compiled: {str(error).strip().splitlines()[0]}"
+        step, why_not = compiled(make_loss(STOCK, case), lambda loss: make_step(loss, case, inputs)[0])
+        contenders |= {"compiled": step} if step else {}
     return harness.measure(contenders | {"ours": ours}, repeats=repeats), why_not
 
 
@@ -365,11 +327,5 @@ def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) 
     return case.terms * (similarities * (2 if case.guided else 1) + row_gradient + column_gradient)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    harness.command_line(__doc__, add_arguments, run)

@@ -34,6 +34,7 @@ import torch
 from sbert_kernels.benchmarks.report import Chart, Report, StackedChart
 
 __all__ = [
+    "MIB",
     "OUT_OF_MEMORY",
     "Chart",
     "ProcessResult",
@@ -41,6 +42,9 @@ __all__ = [
     "StackedChart",
     "Timing",
     "add_arguments",
+    "begin",
+    "command_line",
+    "copy_bandwidth",
     "finish",
     "gemm_seconds",
     "machine",
@@ -50,19 +54,61 @@ __all__ = [
 ]
 
 OUT_OF_MEMORY = "out of memory"
+MIB = 2**20
+COPIED_BYTES = 512 * MIB
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, quick: str, repeats: int) -> None:
-    """Adds the options that every benchmark has; `quick` says what a quick run leaves out."""
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    quick: str,
+    repeats: int,
+    cases: Mapping[str, Any] | None = None,
+    large: Sequence[str] = (),
+    large_takes: str = "",
+) -> None:
+    """Adds the options that every benchmark has; `quick` says what a quick run leaves out.
+
+    Those with several `cases` let their user choose; the `large` of them run only when asked for, and take so long.
+    """
+    if cases:
+        parser.add_argument(
+            "--cases", nargs="+", choices=cases, metavar="CASE", help=f"which cases: {', '.join(cases)}"
+        )
+    if large:
+        parser.add_argument("--large", action="store_true", help=f"add {', '.join(large)} ({large_takes})")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--threads", type=int, help="torch threads; default: as torch chooses")
     parser.add_argument("--repeats", type=int, default=repeats, help="rounds of each case (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("sbert-kernels-bench"), help="folder (default: %(default)s)"
     )
+
+
+def begin(
+    args: argparse.Namespace, cases: Mapping[str, Any] | None = None, large: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Sets the threads that were asked for and returns the cases that were, of a benchmark that has several."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if not cases:
+        return {}
+    names = args.cases or [name for name in cases if name not in large]
+    return {name: cases[name] for name in [*names, *(large if large and args.large else ())]}
+
+
+def command_line(
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+) -> None:
+    """The command line of a benchmark's own file; `description` is the docstring of its module."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    add_arguments(parser)
+    run(parser.parse_args())
 
 
 def finish(report: Report, output: Path, failed: Sequence[str]) -> None:
@@ -206,6 +252,13 @@ def gemm_seconds(
     return timing.median_s
 
 
+def copy_bandwidth(device: torch.device | str = "cpu", repeats: int = 5) -> float:
+    """Bytes a second, read and written, of copying a block of memory that no cache holds: the floor of moving data."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)  # written, so that its pages exist
+    return 2 * COPIED_BYTES / measure({"copy": lambda: target.copy_(source)}, repeats=repeats)["copy"].median_s
+
+
 def _seconds(call: Callable[[], object]) -> float:
     _synchronize()
     begin = time.perf_counter()
@@ -237,6 +290,11 @@ class ProcessResult:
     peak_extra_bytes: int | None = None
     error: str | None = None
     seconds: float = math.nan
+
+    @property
+    def cell(self) -> float | str | None:
+        """The peak in MiB as a report has it: the reason where there is none."""
+        return self.error or (None if self.peak_extra_bytes is None else self.peak_extra_bytes / MIB)
 
 
 def run_in_process(target: Callable[..., Callable[[], Any]], *args: Any, **kwargs: Any) -> ProcessResult:

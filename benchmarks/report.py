@@ -145,7 +145,9 @@ def _draw(axis: Any, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axis.get_legend_handles_labels()
     legend = {name: handle for handle, name in zip(handles, labels, strict=True)}
-    axis.legend(legend.values(), legend, ncols=len(legend), fontsize=9, frameon=False, loc=(0.55, 1.0))
+    # Above the panel, and ending where it ends, however many bars there are.
+    corner = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
+    axis.legend(legend.values(), legend, ncols=len(legend), fontsize=9, frameon=False, **corner)
 
 
 def draw_stacks(axis: Any, stacks: Mapping[str, Mapping[str, float]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ Step = Mapping[str, float]  # seconds of each of PARTS
 
 @dataclass(frozen=True)
 class Recording:
-    """The loss and the parts of each step of one training."""
+    """The loss and the parts of each step of one training, and the terms of a loss that has several."""
 
     losses: list[float]
     steps: list[Step]
+    terms: list[dict[str, float]] = field(default_factory=list)  # of each step, by name; none where there is but one
 
     @property
     def warm_steps(self) -> list[Step]:
@@ -137,10 +138,15 @@ class StepRecorder(TrainerCallback):
     def _loss_begins(self, module: nn.Module, inputs: Any) -> None:
         self._switch("loss")
 
-    def _loss_ends(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.recording.losses.append(output.item())
+    def _loss_ends(self, module: nn.Module, inputs: Any, output: Tensor | Mapping[str, Tensor]) -> None:
+        if isinstance(output, Mapping):
+            self.recording.terms.append({name: term.item() for name, term in output.items()})
+        terms = list(output.values()) if isinstance(output, Mapping) else [output]
+        self.recording.losses.append(torch.stack(terms).sum().item())  # as the Trainer adds them
         self._switch("rest")
-        output.register_hook(self._backward_begins)
+        for term in terms:
+            if term.requires_grad:  # one that is 0 on this batch may not
+                term.register_hook(self._backward_begins)
 
     def _backward_begins(self, gradient: Tensor) -> None:
         self._switch("loss backward")

@@ -37,7 +37,6 @@ QUICK_BATCH, QUICK_DIM, QUICK_PACKAGES = 256, 64, ("numpy",)
 PARITY_STEPS = 2
 # Rounding differs by parts in a million; what is wrong in a loss shows in percents.
 PARITY_LIMIT = 1e-3
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,26 +59,23 @@ CASES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options to a parser."""
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"which cases: {', '.join(CASES)}")
     parser.add_argument(
         "--steps", type=int, default=4, help="steps of each training; the first warms up (default: %(default)s)"
     )
     quick = f"batches of {QUICK_BATCH}, {QUICK_DIM} dimensions, docstrings of {', '.join(QUICK_PACKAGES)} alone"
-    harness.add_arguments(parser, quick=quick, repeats=3)
+    harness.add_arguments(parser, quick=quick, repeats=3, cases=CASES)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
     if args.steps < 2:
         raise SystemExit(f"argument --steps: got {args.steps}, wanted at least 2, since the first warms up")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    cases = {name: CASES[name] for name in args.cases or CASES}
+    cases = harness.begin(args, CASES)
     if args.quick:
         cases = {name: _quick(case) for name, case in cases.items()}
     try:
         demo.require_packages()
-        pairs = _read(args.quick)
+        pairs = read_pairs(args.quick)
     except DemoError as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -102,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     failed = []
     with tqdm(cases.items(), file=sys.stderr) as progress:
         for name, case in progress:
-            texts = _rows(pairs.pairs, (args.steps + 1) * case.batch)
+            texts = mixed_rows(pairs.pairs, (args.steps + 1) * case.batch)
             found = _run_case(name, case, texts, args, progress.set_description)
             if not all("step ms" in row for row in found):
                 failed.append(name)
@@ -119,13 +115,14 @@ def _quick(case: Case) -> Case:
     )
 
 
-def _read(quick: bool) -> Pairs:
+def read_pairs(quick: bool) -> Pairs:
+    """The docstring pairs of the installed packages, or of few of them."""
     from sbert_kernels.demo import data
 
     return data.docstring_pairs(QUICK_PACKAGES) if quick else data.docstring_pairs()
 
 
-def _rows(pairs: Sequence[Pair], count: int) -> list[Pair]:
+def mixed_rows(pairs: Sequence[Pair], count: int) -> list[Pair]:
     """So many rows in a mixed order, repeated where there are too few.
 
     A training takes one batch fewer than they hold: the Trainer loads a batch ahead, in the last step as in any other.
@@ -169,8 +166,7 @@ def _run_case(
         for side, row in rows.items():
             say(f"{name}: memory of {side}")
             result = harness.run_in_process(prepare, side, case, pairs, PARITY_STEPS, args.output)
-            peak = result.peak_extra_bytes
-            row["peak extra MiB"] = result.error or (None if peak is None else peak / MIB)
+            row["peak extra MiB"] = result.cell
     return list(rows.values())
 
 
@@ -194,19 +190,14 @@ def prepare(side: str, case: Case, pairs: list[Pair], steps: int, output: Path) 
     """A training of so many steps, ready to go; for `run_in_process` too, which meters it from its first step on."""
     from sbert_kernels.demo import training
     from sbert_kernels.demo.models import static_model
+    from sbert_kernels.demo.objectives.mnr import build_loss
 
     training.quiet_libraries()
     model = static_model(case.dim, seed=0)
-    loss = training.build_loss(model, training.SIDES[side], case.matryoshka)
-    settings = training.Settings(case.batch, steps, DEFAULTS["static"].lr, 0, output, case.workers)
+    loss = build_loss(model, training.SIDES[side], case.matryoshka)
+    settings = training.Settings(case.batch, steps, DEFAULTS["mnr"]["static"].lr, 0, output, case.workers)
     return training.prepare(model, loss, pairs, settings)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    harness.command_line(__doc__, add_arguments, run)

@@ -25,11 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.set_defaults(run=demo.run)
 
     bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
-    subjects = bench.add_subparsers(dest="subject", required=True, metavar="contrastive | accuracy | training")
-    from .benchmarks import accuracy, contrastive, training
+    metavar = "contrastive | ranking | objective | accuracy | training"
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar=metavar)
+    from .benchmarks import accuracy, contrastive, objective, ranking, training
 
     for module, text in (
         (contrastive, "the in-batch-negatives losses, from embeddings to gradients"),
+        (ranking, "the ranking losses CoSENT and AnglE, from embeddings to gradients"),
+        (objective, "AnglE's whole objective on a model, against the sum of three stock losses"),
         (accuracy, "errors of the contrastive loss and its gradients in every number format"),
         (training, "whole training steps of a static-embedding model, and what they are made of"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import signal
@@ -158,6 +159,41 @@ def test_machine_line_names_what_a_number_depends_on():
     assert f"{torch.get_num_threads()} threads" in line
     assert "bfloat16" in line
     assert "precision " + torch.get_float32_matmul_precision() in line
+
+
+def test_copy_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(harness, "COPIED_BYTES", 10)
+    monkeypatch.setattr(harness, "_seconds", lambda call: call() is None or 0.5)
+    assert harness.copy_bandwidth() == 2 * 10 / 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["small", "middle"]),
+        (["--large"], ["small", "middle", "large"]),
+        (["--cases", "middle"], ["middle"]),
+        (["--cases", "large", "small"], ["large", "small"]),
+        (["--cases", "large", "small", "--large"], ["large", "small"]),
+    ],
+)
+def test_the_cases_that_were_asked_for(options: list[str], names: list[str]):
+    cases = {"small": 1, "middle": 2, "large": 3}
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser, quick="", repeats=3, cases=cases, large=["large"], large_takes="long")
+    chosen = harness.begin(parser.parse_args(options), cases, ["large"])
+    assert list(chosen.items()) == [(name, cases[name]) for name in names]
+
+
+def test_threads_are_set_for_a_benchmark_without_cases_too():
+    before = torch.get_num_threads()
+    parser = argparse.ArgumentParser()
+    harness.add_arguments(parser, quick="", repeats=3)
+    try:
+        assert harness.begin(parser.parse_args(["--threads", "3"])) == {}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gemm_seconds_is_a_positive_time():

@@ -103,6 +103,28 @@ def test_time_is_found_in_its_part(
     assert [name for name, seconds in step.items() if seconds >= PAUSE] == [part]
 
 
+def test_a_loss_of_several_terms(model: SentenceTransformer, tmp_path: Path):
+    mnr = losses.MultipleNegativesRankingLoss(model)
+
+    class Terms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mnr = mnr
+
+        def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+            value = self.mnr(features, labels)
+            return {"a": SlowBackward.apply(0.75 * value), "b": 0.25 * value, "nothing": torch.zeros(())}
+
+    recording = train(model, Terms(), tmp_path)
+    assert [list(terms) for terms in recording.terms] == [["a", "b", "nothing"]] * 3
+    assert [sum(terms.values()) for terms in recording.terms] == pytest.approx(recording.losses, rel=4 * 2**-23)
+    step = median_step(recording.warm_steps)
+    assert [name for name, seconds in step.items() if seconds >= PAUSE] == ["loss backward"]
+    alone = train(static := static_model(dim=8, seed=0), losses.MultipleNegativesRankingLoss(static), tmp_path)
+    assert alone.terms == []
+    assert recording.losses[0] == pytest.approx(alone.losses[0], rel=4 * 2**-23)
+
+
 def test_a_gradient_cache_encodes_twice(bert: Callable[..., SentenceTransformer], tmp_path: Path):
     model = bert(torch.float32)
     loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=16)

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
-from sbert_kernels.benchmarks import harness, training
+from sbert_kernels.benchmarks import training
 from sbert_kernels.benchmarks.steps import PARTS
-from sbert_kernels.demo import data
 from sbert_kernels.demo import training as demo_training
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch):
-    pairs = data.Pairs([(f"what is {i}", f"the number {i} comes after {i - 1}") for i in range(100)], "numbers")
-    monkeypatch.setattr(data, "docstring_pairs", lambda packages: pairs)
+def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None):
     monkeypatch.setattr(training, "QUICK_BATCH", 32)
     monkeypatch.setattr(training, "QUICK_DIM", 8)
-
-
-def run_here(target: Callable[..., Callable[[], Any]], *args: object) -> harness.ProcessResult:
-    """`run_in_process` without the seconds that a process of its own needs to import everything."""
-    target, args = pickle.loads(pickle.dumps((target, args)))
-    return harness.ProcessResult(target(*args)(), peak_extra_bytes=3 * 2**20)
 
 
 def run(*options: str) -> None:
@@ -41,10 +29,7 @@ def run(*options: str) -> None:
     training.run(parser.parse_args(["--quick", *options]))
 
 
-def test_quick_run_writes_the_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(harness, "run_in_process", run_here)
+def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):
     cases = ["mnr", "matryoshka-overlapped"]
     run("--cases", *cases, "--steps", "3", "--repeats", "1", "--output", str(tmp_path))
     printed = capsys.readouterr().out

@@ -178,6 +178,31 @@ def test_columns_that_cannot_serve(tmp_path: Path, columns: tuple[str, str], mes
         data.file_pairs(write(FRAME, tmp_path / "pairs.csv"), columns)
 
 
+SCORED = FRAME.assign(score=[i / 10 for i in range(30)])
+
+
+def test_scored_pairs(tmp_path: Path):
+    columns = ("question", "answer", "score")
+    extra = pandas.DataFrame(
+        {
+            "question": ["question 0", "question 0", "new", ""],
+            "answer": ["answer 0", "answer 1", "text", "text"],
+            "score": [0.5, 0.25, None, 1.0],
+        }
+    )
+    found = data.file_pairs(write(pandas.concat([SCORED, extra]), tmp_path / "scored.csv"), columns)
+    assert found.left_out == {"empty": 1, "without a score": 1, "duplicate": 1}
+    # A text may come again with another one: here that is a pair of its own.
+    assert found.pairs == [*((f"question {i}", f"answer {i}") for i in range(30)), ("question 0", "answer 1")]
+    assert found.scores == [*(i / 10 for i in range(30)), 0.25]
+
+
+def test_a_column_of_scores_holds_numbers(tmp_path: Path):
+    path = write(SCORED.assign(score="high"), tmp_path / "words.csv")
+    with pytest.raises(DemoError, match=r"column 'score' of words\.csv does not hold numbers"):
+        data.file_pairs(path, ("question", "answer", "score"))
+
+
 def test_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch):
     asked = []
 

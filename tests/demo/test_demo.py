@@ -13,7 +13,7 @@ import pytest
 
 from sbert_kernels import demo
 from sbert_kernels.benchmarks import harness
-from sbert_kernels.demo.options import DEFAULTS, STATIC_DIM, DemoError, Options
+from sbert_kernels.demo.options import DEFAULTS, MODELS, STATIC_DIM, DemoError, Options
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -22,10 +22,12 @@ def parse(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@pytest.mark.parametrize("model", list(DEFAULTS))
-def test_defaults_follow_the_model(model: str):
-    options = Options.from_arguments(parse("--model", model))
-    defaults = DEFAULTS[model]
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("objective", list(DEFAULTS))
+def test_defaults_follow_the_objective_and_the_model(objective: str, model: str):
+    scores = ["--data", "scored.csv", "--columns", "a,b,score"] if objective == "angle" else []
+    options = Options.from_arguments(parse("--objective", objective, "--model", model, *scores))
+    defaults = DEFAULTS[objective][model]
     assert (options.batch_size, options.steps, options.lr) == (defaults.batch_size, defaults.steps, defaults.lr)
     assert options.dim == (STATIC_DIM if model == "static" else None)
 
@@ -61,7 +63,7 @@ def test_matryoshka_dimensions_follow_the_model(arguments: list[str], dim: int, 
         (["--epochs", "inf"], "argument --epochs: got 'inf', wanted a number above 0"),
         (["--matryoshka", "8,0"], "argument --matryoshka: got '8,0', wanted different whole numbers above 0"),
         (["--matryoshka", "8,8"], "argument --matryoshka: got '8,8', wanted different whole numbers above 0"),
-        (["--columns", "text"], "argument --columns: got 'text', wanted two different column names"),
+        (["--columns", "text"], "argument --columns: got 'text', wanted two or three different column names"),
         (["--model", "large"], "argument --model: invalid choice: 'large'"),
         (["--steps", "1", "--epochs", "1"], "argument --epochs: not allowed with argument --steps"),
     ],
@@ -78,6 +80,11 @@ def test_a_bad_value_is_named(capsys: pytest.CaptureFixture[str], arguments: lis
     [
         (["--model", "minilm", "--dim", "8"], "--dim: got 8 with --model minilm"),
         (["--columns", "a,b"], "--columns: got a,b, but neither --data nor --dataset is given"),
+        (["--data", "x.csv", "--columns", "a,b,c"], "--columns: got a,b,c with --objective mnr, but only angle"),
+        (
+            ["--objective", "angle", "--model", "minilm"],
+            "--model: got minilm with --objective angle, .* scores of your",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(arguments: list[str], message: str):
@@ -156,15 +163,23 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str], pairs: Path, 
     assert model.encode(["what is the number 7"]).shape == (1, 16)
 
 
-def test_a_matryoshka_run(
-    capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison without processes of its own, which take seconds to start."""
     from sbert_kernels.demo import training
 
     def without_a_process(target: Callable[..., Any], *args: object) -> harness.ProcessResult:
         return harness.ProcessResult(target(*args)(), peak_extra_bytes=0)
 
     monkeypatch.setattr(training, "run_in_process", without_a_process)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_matryoshka_run(
+    capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from sbert_kernels.demo import training
+
     monkeypatch.setattr(training, "workers_for", lambda side: 1)
     sizes = ["--dim", "16", "--matryoshka", "16,4", "--batch-size", "64", "--steps", "3", "--compare-steps", "2"]
     assert demo.run(parse("--data", str(pairs), "--output", str(tmp_path), *sizes)) == 0
@@ -179,3 +194,39 @@ def test_a_matryoshka_run(
     assert ours == pytest.approx(stock, rel=1e-4)
     assert set(results["after"]) == {"mrr@10", "recall@1", "recall@10", "mrr@10, 4 dims"}
     assert results["after"]["mrr@10, 4 dims"] != results["after"]["mrr@10"]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    path = tmp_path / "scored.csv"
+    rows = [f"the number {i % 60},a number of {i % 60 if i % 3 else i % 7},{5 if i % 3 else i % 5}" for i in range(300)]
+    path.write_text("\n".join(["first,second,score", *rows]))
+    return path
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("matryoshka", [[], ["--matryoshka", "16,4"]])
+def test_a_run_on_scores_of_the_user(
+    capsys: pytest.CaptureFixture[str], scored: Path, tmp_path: Path, matryoshka: list[str]
+):
+    sizes = ["--dim", "16", "--batch-size", "32", "--steps", "4", "--compare-steps", "2", *matryoshka]
+    source = ["--data", str(scored), "--columns", "first,second,score"]
+    assert demo.run(parse("--objective", "angle", *source, "--output", str(tmp_path), *sizes)) == 0
+
+    printed = capsys.readouterr().out
+    assert "scores from 0 to 5, stretched to 0 to 1" in printed
+    assert re.search(r"^spearman +-?0\.\d+ +-?0\.\d+$", printed, re.MULTILINE)
+    assert re.search(r"^  in_batch +\d+\.\d+ +\d+\.\d+$", printed, re.MULTILINE)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    stock, ours = (results["comparison"][name]["recording"] for name in ("stock", "sbert-kernels"))
+    # float32: three encodings and other orders of summation, then a step of training on it.
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-4)
+    for theirs, own in zip(stock["terms"], ours["terms"], strict=True):
+        assert own == pytest.approx(theirs, rel=1e-4)
+    last = results["training"]["terms"][-1]
+    assert set(last) == {"cosine", "in_batch", "angle"}
+    assert sum(last.values()) == pytest.approx(results["training"]["losses"][-1], rel=1e-5)
+    metrics = {"spearman", "pearson"} | ({"spearman, 4 dims"} if matryoshka else set())
+    assert set(results["before"]) == set(results["after"]) == metrics
+    assert results["data"]["range"] == [0, 5]

@@ -1,7 +1,7 @@
-"""The main job in one command: ``python -m sbert_kernels demo`` trains a retrieval model on this machine, offline.
+"""The main job in one command: ``python -m sbert_kernels demo`` trains an embedding model on this machine, offline.
 
 It reads text pairs out of the docstrings of the installed packages, takes the same few steps with the stock loss and
-with ours, trains on with ours, and says how much better the model finds the right text afterwards. Heavy imports wait
+with ours, trains on with ours, and says how much better the model is at held-out texts afterwards. Heavy imports wait
 for :func:`run`.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sbert_kernels.demo.options import DEFAULTS, DemoError, Options, add_arguments
+from sbert_kernels.demo.options import DemoError, Options, add_arguments
 
 if TYPE_CHECKING:
     from sbert_kernels.demo.data import Pairs
@@ -47,37 +47,20 @@ def _run(options: Options) -> None:
     if options.output.exists() and not options.output.is_dir():
         raise DemoError(f"argument --output: {options.output} is a file, wanted a folder")
 
-    from sbert_kernels.demo.data import split_pairs
-
     pairs = _read(options)
-    defaults = DEFAULTS[options.model]
-    split = split_pairs(pairs.pairs, options.seed, defaults.queries, defaults.distractors)
-    if options.batch_size > len(split.train):
-        raise DemoError(
-            f"argument --batch-size: got {options.batch_size}, wanted at most the {len(split.train)} pairs that "
-            f"{pairs.source} leave for training"
-        )
     seconds = {"reading": time.perf_counter() - begin}
 
     import torch
 
     from sbert_kernels.demo import report
-    from sbert_kernels.demo.evaluation import evaluate
     from sbert_kernels.demo.models import build_model
-    from sbert_kernels.demo.training import (
-        SIDES,
-        compare,
-        demo_loss,
-        demo_settings,
-        prepare,
-        quiet_libraries,
-        workers_for,
-    )
+    from sbert_kernels.demo.objectives import objective_of
+    from sbert_kernels.demo.training import compare, demo_settings, prepare, quiet_libraries, workers_for
 
     quiet_libraries()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    report.print_data(pairs, split)
+    objective = objective_of(options)
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -87,19 +70,21 @@ def _run(options: Options) -> None:
 
     model = build_model(options)
     dims = options.matryoshka_dims(model.get_embedding_dimension())
-    steps = options.training_steps(len(split.train))
-    report.print_plan(options, model, steps)
-    sides = timed("comparison", lambda: compare(options, split.train))
-    before = timed("evaluation before", lambda: evaluate(model, split, dims))
+    data = timed("preparing", lambda: objective.prepare(pairs))
+    report.print_data(pairs, data)
+    steps = options.training_steps(len(data.rows))
+    report.print_plan(options, objective.comparison, model, steps)
+    sides = timed("comparison", lambda: compare(options, data.rows))
+    before = timed("evaluation before", lambda: data.evaluation(model, dims))
     workers = workers_for(sides["sbert-kernels"])
     report.print_workers(workers)
-    loss = demo_loss(model, SIDES["sbert-kernels"], options)
-    train = prepare(model, loss, split.train, demo_settings(options, steps, workers), "training")
+    loss = objective.training_loss(model)
+    train = prepare(model, loss, data.rows, demo_settings(options, steps, workers), "training")
     recording = timed("training", train)
-    after = timed("evaluation after", lambda: evaluate(model, split, dims))
+    after = timed("evaluation after", lambda: data.evaluation(model, dims))
     seconds["total"] = time.perf_counter() - begin
 
-    results = report.Results(options, pairs, split, sides, recording, before, after, seconds)
+    results = report.Results(options, pairs, data, sides, recording, before, after, seconds)
     report.print_results(results)
     report.write(results, model)
 

@@ -10,6 +10,7 @@ import ast
 import gc
 import importlib.util
 import inspect
+import math
 import os
 import random
 import re
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pandas
 
 Pair = tuple[str, str]  # (summary, body) or (query, text)
+Row = tuple[str, str] | tuple[str, str, float]  # a pair, or a pair and its score
 
 PACKAGES = (
     "numpy",
@@ -60,18 +62,19 @@ class Pairs:
     source: str
     counts: dict[str, int] = field(default_factory=dict)  # pairs by package
     left_out: dict[str, int] = field(default_factory=dict)  # by reason; zero counts included
+    scores: list[float] | None = None  # one a pair, where the data has them
 
 
 @dataclass(frozen=True)
 class Split:
     """Disjoint parts of the pairs; the corpus of the evaluation is the bodies of ``queries`` and the distractors."""
 
-    train: list[Pair]
-    queries: list[Pair]
+    train: list[Row]
+    queries: list[Row]
     distractors: list[str]
 
 
-def split_pairs(pairs: Sequence[Pair], seed: int, queries: int, distractors: int) -> Split:
+def split_pairs(pairs: Sequence[Row], seed: int, queries: int, distractors: int) -> Split:
     """Shuffle by ``seed`` and hold out up to so many pairs, never more than ``HELD_OUT_SHARE`` of them."""
     shuffled = list(pairs)
     random.Random(seed).shuffle(shuffled)
@@ -80,7 +83,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int, queries: int, distractors: int
     return Split(
         train=shuffled[held_out:],
         queries=shuffled[:queries],
-        distractors=[body for _, body in shuffled[queries:held_out]],
+        distractors=[body for _, body, *_ in shuffled[queries:held_out]],
     )
 
 
@@ -176,7 +179,7 @@ def _read_all(paths: list[Path]) -> Iterable[list[str] | None]:
 # --- the user's own data ----------------------------------------------------------------------------------------------
 
 
-def file_pairs(path: Path, columns: tuple[str, str] | None) -> Pairs:
+def file_pairs(path: Path, columns: tuple[str, ...] | None) -> Pairs:
     """The text pairs in a .csv, .jsonl or .parquet file."""
     import pandas
 
@@ -196,7 +199,7 @@ def file_pairs(path: Path, columns: tuple[str, str] | None) -> Pairs:
     return _frame_pairs(frame, columns, f"{path.name}", "--data")
 
 
-def hub_pairs(dataset: str, columns: tuple[str, str] | None) -> Pairs:
+def hub_pairs(dataset: str, columns: tuple[str, ...] | None) -> Pairs:
     """The text pairs in the train split of a dataset of the Hugging Face hub, named ID or ID:CONFIG."""
     from datasets import load_dataset
 
@@ -211,7 +214,7 @@ def hub_pairs(dataset: str, columns: tuple[str, str] | None) -> Pairs:
     return _frame_pairs(frame, columns, dataset, "--dataset")
 
 
-def _frame_pairs(frame: pandas.DataFrame, columns: tuple[str, str] | None, source: str, argument: str) -> Pairs:
+def _frame_pairs(frame: pandas.DataFrame, columns: tuple[str, ...] | None, source: str, argument: str) -> Pairs:
     names = [str(name) for name in frame.columns]
     frame.columns = names
     if columns is None:
@@ -222,13 +225,16 @@ def _frame_pairs(frame: pandas.DataFrame, columns: tuple[str, str] | None, sourc
     for name in columns:
         if name not in names:
             raise DemoError(f"argument --columns: there is no column {name!r} in {source}, which has {names}")
-        if not _is_text(frame[name]):
-            raise DemoError(f"argument --columns: column {name!r} of {source} does not hold text")
+    for name, holds, what in zip(columns, (_is_text, _is_text, _is_number), ("text", "text", "numbers"), strict=False):
+        if not holds(frame[name]):
+            raise DemoError(f"argument --columns: column {name!r} of {source} does not hold {what}")
+    if len(columns) > 2:
+        return _scored_pairs(frame[list(columns)], source)
     pairs: dict[str, str] = {}
     bodies: set[str] = set()
     left_out = {"empty": 0, "duplicate": 0}
     for query, text in frame[list(columns)].itertuples(index=False):
-        if not (isinstance(query, str) and isinstance(text, str) and query.strip() and text.strip()):
+        if _is_empty(query) or _is_empty(text):
             left_out["empty"] += 1
         elif query in pairs or text in bodies:
             left_out["duplicate"] += 1  # as an in-batch negative it would be a false one
@@ -236,6 +242,31 @@ def _frame_pairs(frame: pandas.DataFrame, columns: tuple[str, str] | None, sourc
             pairs[query] = text
             bodies.add(text)
     return _enough(Pairs(list(pairs.items()), f"{source}, columns {columns[0]} and {columns[1]}", left_out=left_out))
+
+
+def _scored_pairs(frame: pandas.DataFrame, source: str) -> Pairs:
+    """A text may come in many pairs here: what sets two of them apart is their score."""
+    scores: dict[Pair, float] = {}
+    left_out = {"empty": 0, "without a score": 0, "duplicate": 0}
+    for query, text, score in frame.itertuples(index=False):
+        if _is_empty(query) or _is_empty(text):
+            left_out["empty"] += 1
+        elif not math.isfinite(score):
+            left_out["without a score"] += 1
+        elif (query, text) in scores:
+            left_out["duplicate"] += 1
+        else:
+            scores[query, text] = float(score)
+    source += ", columns {}, {} and {}".format(*frame.columns)
+    return _enough(Pairs(list(scores), source, left_out=left_out, scores=list(scores.values())))
+
+
+def _is_empty(value: object) -> bool:
+    return not (isinstance(value, str) and value.strip())
+
+
+def _is_number(column: pandas.Series) -> bool:
+    return column.dtype.kind in "biuf"
 
 
 def _is_text(column: pandas.Series) -> bool:

@@ -15,8 +15,11 @@ MAX_SEQ_LENGTH = 64  # tokens of a text that minilm reads; static reads them all
 
 def build_model(options: Options) -> SentenceTransformer:
     """The untrained model, on the CPU: the same weights for the same options, whichever process builds it."""
-    if options.model == "static":
-        return static_model(options.dim, options.seed)
+    return static_model(options.dim, options.seed) if options.model == "static" else minilm_model()
+
+
+def minilm_model() -> SentenceTransformer:
+    """all-MiniLM-L6-v2 with its trained weights."""
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     model.max_seq_length = MAX_SEQ_LENGTH
     return model

@@ -1,4 +1,4 @@
-"""The demo's command line: every option once, with its default for each model.
+"""The demo's command line: every option once, with its default for each objective and model.
 
 Cheap to import, since ``python -m sbert_kernels --help`` builds this parser.
 """
@@ -24,15 +24,24 @@ class Defaults:
     steps: int
     compare_steps: int
     lr: float
-    queries: int  # held-out pairs, whose summaries are the queries
-    distractors: int  # further held-out bodies in the corpus, without a query
+    held_out: int  # pairs
+    distractors: int = 0  # further held-out texts in the corpus, without a query
+    graded: int = 0  # pairs that a teacher makes graded ones of, to train on
 
 
+# By objective, then by model.
 DEFAULTS = {
-    # The learning rate of ST's static-embedding recipe: only a few rows of the table get a gradient in each step.
-    "static": Defaults(batch_size=4096, steps=30, compare_steps=5, lr=2e-1, queries=1000, distractors=2000),
-    "minilm": Defaults(batch_size=128, steps=4, compare_steps=2, lr=1e-4, queries=250, distractors=250),
+    "mnr": {
+        # The learning rate of ST's static-embedding recipe: only a few rows of the table get a gradient in each step.
+        "static": Defaults(batch_size=4096, steps=30, compare_steps=5, lr=2e-1, held_out=1000, distractors=2000),
+        "minilm": Defaults(batch_size=128, steps=4, compare_steps=2, lr=1e-4, held_out=250, distractors=250),
+    },
+    "angle": {
+        "static": Defaults(batch_size=1024, steps=30, compare_steps=5, lr=5e-2, held_out=300, graded=1700),
+        "minilm": Defaults(batch_size=64, steps=8, compare_steps=2, lr=5e-5, held_out=300),
+    },
 }
+MODELS = tuple(DEFAULTS["mnr"])
 STATIC_DIM = 512
 MATRYOSHKA_DIMS = (512, 256, 128, 64, 32)
 
@@ -41,9 +50,10 @@ MATRYOSHKA_DIMS = (512, 256, 128, 64, 32)
 class Options:
     """One run of the demo, with every default filled in."""
 
+    objective: str
     model: str
     data: Path | None
-    columns: tuple[str, str] | None
+    columns: tuple[str, ...] | None  # of the query, its text and, for angle, their score
     dataset: str | None
     batch_size: int
     steps: int | None  # one of steps and epochs is None
@@ -59,7 +69,7 @@ class Options:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Options:
         values = {name: getattr(args, name) for name in cls.__dataclass_fields__}
-        defaults = DEFAULTS[args.model]
+        defaults = DEFAULTS[args.objective][args.model]
         for name in ("batch_size", "compare_steps", "lr"):
             if values[name] is None:
                 values[name] = getattr(defaults, name)
@@ -72,6 +82,17 @@ class Options:
         if values["columns"] and not (values["data"] or values["dataset"]):
             raise DemoError(
                 f"argument --columns: got {','.join(args.columns)}, but neither --data nor --dataset is given"
+            )
+        scored = len(values["columns"] or ()) == 3
+        if scored and args.objective != "angle":
+            raise DemoError(
+                f"argument --columns: got {','.join(args.columns)} with --objective {args.objective}, but only angle "
+                "has a use for scores"
+            )
+        if args.objective == "angle" and args.model == "minilm" and not scored:
+            raise DemoError(
+                "argument --model: got minilm with --objective angle, but it is the teacher that makes the scores and "
+                "cannot learn from itself; wanted scores of your own, as a third name in --columns"
             )
         return cls(**values)
 
@@ -126,10 +147,12 @@ def _number(
     return parse
 
 
-def _two_columns(text: str) -> tuple[str, str]:
+def _columns(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
-    if len(names) != 2 or not all(names) or names[0] == names[1]:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted two different column names with a comma between them")
+    if len(names) not in (2, 3) or not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted two or three different column names with commas between them"
+        )
     return names
 
 
@@ -144,14 +167,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to ``parser``."""
 
     def per_model(name: str) -> str:
-        return ", ".join(f"{model}: {getattr(defaults, name)}" for model, defaults in DEFAULTS.items())
+        return "; ".join(
+            f"{objective}: " + ", ".join(f"{model} {getattr(defaults, name)}" for model, defaults in models.items())
+            for objective, models in DEFAULTS.items()
+        )
 
     parser.add_argument(
-        "--model",
+        "--objective",
         choices=tuple(DEFAULTS),
+        default="mnr",
+        help="mnr: in-batch negatives, MultipleNegativesRankingLoss (for minilm the cached one); angle: AnglEObjective "
+        "on pairs that a teacher scores, or on scores of your own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
         default="static",
-        help="static: a StaticEmbedding model from fresh weights, with MultipleNegativesRankingLoss; minilm: "
-        "all-MiniLM-L6-v2, fine-tuned with CachedMultipleNegativesRankingLoss (default: %(default)s)",
+        help="static: a StaticEmbedding model from fresh weights; minilm: all-MiniLM-L6-v2, fine-tuned; with angle, on "
+        "scores of your own only (default: %(default)s)",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -165,9 +198,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--columns",
-        type=_two_columns,
-        metavar="A,B",
-        help="the columns of --data or --dataset with the query and its text (default: the first two of text)",
+        type=_columns,
+        metavar="A,B[,SCORE]",
+        help="the columns of --data or --dataset with the query and its text, and for angle the score of the two "
+        "(default: the first two of text, which a teacher scores)",
     )
     parser.add_argument(
         "--batch-size", type=_number(int, at_least=2), metavar="N", help=f"pairs a step ({per_model('batch_size')})"

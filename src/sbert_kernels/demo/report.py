@@ -18,8 +18,8 @@ from sentence_transformers import SentenceTransformer
 from sbert_kernels.benchmarks.harness import machine, machine_line
 from sbert_kernels.benchmarks.report import draw_stacks
 from sbert_kernels.benchmarks.steps import PARTS, Recording, Step, median_step, whole
-from sbert_kernels.demo.data import Pairs, Split
-from sbert_kernels.demo.evaluation import METRICS
+from sbert_kernels.demo.data import Pairs
+from sbert_kernels.demo.objectives import Data
 from sbert_kernels.demo.options import Options
 from sbert_kernels.demo.training import Side, largest_difference
 
@@ -40,7 +40,7 @@ class Results:
 
     options: Options
     pairs: Pairs
-    split: Split
+    data: Data
     sides: dict[str, Side]
     training: Recording
     before: dict[str, float]
@@ -51,21 +51,18 @@ class Results:
 # --- on the terminal --------------------------------------------------------------------------------------------------
 
 
-def print_data(pairs: Pairs, split: Split) -> None:
+def print_data(pairs: Pairs, data: Data) -> None:
     """Say where the pairs came from, what was left out, and what they are used for."""
     _print("Machine", machine_line())
     _print("Data", f"{len(pairs.pairs):,} pairs from {pairs.source}")
     if pairs.counts:
         _print("", ", ".join(f"{package} {count:,}" for package, count in pairs.counts.items()))
     _print("", "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in pairs.left_out.items()))
-    _print(
-        "",
-        f"{len(split.train):,} to train on; {len(split.queries):,} held-out queries, each to find its text among "
-        f"{len(split.queries) + len(split.distractors):,} held-out texts",
-    )
+    for line in data.lines:
+        _print("", line)
 
 
-def print_plan(options: Options, model: SentenceTransformer, steps: int) -> None:
+def print_plan(options: Options, comparison: str, model: SentenceTransformer, steps: int) -> None:
     """Say which model takes which steps."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     dim = model.get_embedding_dimension()
@@ -74,8 +71,8 @@ def print_plan(options: Options, model: SentenceTransformer, steps: int) -> None
         _print("Loss", f"MatryoshkaLoss at {', '.join(map(str, dims))} dimensions")
     _print(
         "Plan",
-        f"{options.compare_steps} steps from the same seed with the stock loss and with ours, each in a process of its "
-        f"own; then {steps} steps of training with ours; {options.batch_size:,} pairs a step",
+        f"{options.compare_steps} steps from the same seed with {comparison}, each in a process of its own; then "
+        f"{steps} steps of training with ours; {options.batch_size:,} pairs a step",
     )
 
 
@@ -120,14 +117,22 @@ def print_results(results: Results) -> None:
     print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in last))
     if (difference := largest_difference(results.sides)) is not None:
         print(f"{'largest relative difference':<28}{difference:>32.1e}")
-    print(f"\n{'held-out queries':<28}{'before':>16}{'after':>16}")
+    print(f"\n{results.data.evaluation.label:<28}{'before':>16}{'after':>16}")
     for metric, before in results.before.items():
         print(f"{metric:<28}{before:>16.3f}{results.after[metric]:>16.3f}")
     losses = results.training.losses
     print(f"{'loss, first and last step':<28}{losses[0]:>16.3f}{losses[-1]:>16.3f}")
+    for name in _terms(results.training):
+        first, last = (results.training.terms[step][name] for step in (0, -1))
+        print(f"  {name:<26}{first:>16.3f}{last:>16.3f}")
     parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in results.seconds.items())
     print()
     _print("Time", parts)
+
+
+def _terms(recording: Recording) -> list[str]:
+    """The terms of a training's loss, if it has several."""
+    return list(recording.terms[0]) if recording.terms else []
 
 
 def _median(side: Side) -> Step | None:
@@ -169,7 +174,7 @@ def write(results: Results, model: SentenceTransformer) -> None:
 
 def as_json(results: Results) -> dict[str, Any]:
     """Everything in ``results`` but the texts themselves."""
-    pairs, split = results.pairs, results.split
+    pairs = results.pairs
     return {
         "machine": machine(),
         "options": dataclasses.asdict(results.options),
@@ -178,9 +183,7 @@ def as_json(results: Results) -> dict[str, Any]:
             "pairs": len(pairs.pairs),
             "pairs_by_package": pairs.counts,
             "left_out": pairs.left_out,
-            "train": len(split.train),
-            "held_out_queries": len(split.queries),
-            "held_out_texts": len(split.queries) + len(split.distractors),
+            **results.data.facts,
         },
         "comparison": {
             "largest_relative_loss_difference": largest_difference(results.sides),
@@ -197,17 +200,18 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def draw(results: Results) -> Figure:
-    """Four panels: losses, retrieval before and after, step time, peak memory."""
+    """Four panels: losses, held-out scores before and after, step time, peak memory."""
     options = results.options
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"sbert-kernels demo: {options.model}, batch size {options.batch_size:,}, {len(results.split.train):,} pairs",
+        f"sbert-kernels demo: {options.objective}, {options.model}, batch size {options.batch_size:,}, "
+        f"{len(results.data.rows):,} pairs",
         fontsize=13,
     )
-    (losses, retrieval), (times, memory) = figure.subplots(2, 2)
+    (losses, held_out), (times, memory) = figure.subplots(2, 2)
     _draw_losses(losses, results)
-    _draw_retrieval(retrieval, results)
+    _draw_evaluation(held_out, results)
     times.set(title="Step time (median)", xlabel="seconds")
     draw_stacks(times, {f"{name}\n{side.error or ''}": _median(side) or {} for name, side in results.sides.items()})
     _draw_bars(
@@ -217,7 +221,7 @@ def draw(results: Results) -> Figure:
         {name: side.peak_extra_bytes and side.peak_extra_bytes / MIB for name, side in results.sides.items()},
         {name: _peak_memory(side) for name, side in results.sides.items()},
     )
-    for axes in (losses, retrieval, times, memory):
+    for axes in (losses, held_out, times, memory):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -225,6 +229,11 @@ def draw(results: Results) -> Figure:
 def _draw_losses(axes: Axes, results: Results) -> None:
     curve = results.training.losses
     axes.plot(range(1, len(curve) + 1), curve, color=COLOURS["training"], label="training with sbert-kernels")
+    for name, style in zip(_terms(results.training), ("--", ":", "-."), strict=False):
+        values = [step[name] for step in results.training.terms]
+        axes.plot(
+            range(1, len(values) + 1), values, style, color=COLOURS["training"], linewidth=1, label=f"its {name} term"
+        )
     # The stock curve is wide and light, so that ours shows on top of it where the two are equal.
     styles = {"stock": {"linewidth": 6}, "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3}}
     for name, side in results.sides.items():
@@ -234,14 +243,16 @@ def _draw_losses(axes: Axes, results: Results) -> None:
     title = "Loss"
     if (difference := largest_difference(results.sides)) is not None:
         title += f" (stock and ours differ by at most {difference:.1e} of it)"
-    axes.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.set(title=title, xlabel="step", ylabel="loss")
+    axes.margins(y=0.4)  # room for the legend
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right", ncols=2, fontsize=8)
 
 
-def _draw_retrieval(axes: Axes, results: Results) -> None:
+def _draw_evaluation(axes: Axes, results: Results) -> None:
     width = 0.38
-    fontsize = 9 if len(results.before) <= len(METRICS) else 7
+    fontsize = 9 if len(results.before) <= 3 else 7
     for offset, (name, scores) in zip(
         (-width / 2, width / 2), (("before", results.before), ("after", results.after)), strict=True
     ):
@@ -253,12 +264,11 @@ def _draw_retrieval(axes: Axes, results: Results) -> None:
             label=f"{name} training",
         )
         axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=fontsize)
-    texts = len(results.split.queries) + len(results.split.distractors)
     axes.set(
-        title=f"Held-out retrieval: {len(results.split.queries):,} queries, {texts:,} texts",
+        title=results.data.evaluation.title,
         xticks=range(len(results.before)),
         xticklabels=[metric.replace(", ", "\n") for metric in results.before],
-        ylim=(0, 1.1),
+        ylim=(min(0, 1.1 * min(*results.before.values(), *results.after.values())), 1.1),
     )
     axes.tick_params(axis="x", labelsize=fontsize)
     axes.legend(frameon=False, loc="upper left")

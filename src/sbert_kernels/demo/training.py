@@ -1,4 +1,4 @@
-"""Training with the real ``SentenceTransformerTrainer``, and the comparison of a stock loss with its replacement.
+"""Training with the real ``SentenceTransformerTrainer``, and the comparison of stock losses with their replacement.
 
 Both sides of the comparison take the same steps from the same seed, each in a process of its own: a peak of memory that
 one side reached would hide the other's.
@@ -7,7 +7,6 @@ one side reached would hide the other's.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from sbert_kernels.benchmarks.harness import run_in_process
 from sbert_kernels.benchmarks.steps import Recording, StepRecorder, difference, median_step, whole
-from sbert_kernels.demo.data import Pair
+from sbert_kernels.demo.data import Row
 from sbert_kernels.demo.models import build_model
+from sbert_kernels.demo.objectives import SIDES, objective_of
 from sbert_kernels.demo.options import Options
 
-# The same class names and constructors in both modules: to change the import is all it takes.
-SIDES = {"stock": "sentence_transformers.sentence_transformer.losses", "sbert-kernels": "sbert_kernels.losses"}
-MINI_BATCH_SIZE = 32  # of the cached loss
+COLUMNS = ("query", "text", "score")  # of rows, as far as they go; the Trainer takes the last for labels
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ class Side:
     error: str | None
 
 
-def compare(options: Options, pairs: list[Pair]) -> dict[str, Side]:
+def compare(options: Options, rows: list[Row]) -> dict[str, Side]:
     """Train ``compare_steps`` steps with each module of ``SIDES``."""
     # One batch more than is trained on: the Trainer loads a batch ahead, in the last step as in any other.
-    seen = pairs[: (options.compare_steps + 1) * options.batch_size]
+    seen = rows[: (options.compare_steps + 1) * options.batch_size]
     sides = {}
     for name in SIDES:
         result = run_in_process(_comparison, name, options, seen)
@@ -83,17 +81,14 @@ def workers_for(side: Side) -> int:
     return 1 if step["tokenize"] > 0.1 * whole(step) and rest > 1.5 * step["tokenize"] else 0
 
 
-def _comparison(name: str, options: Options, pairs: list[Pair]) -> Callable[[], Recording]:
+def _comparison(name: str, options: Options, rows: list[Row]) -> Callable[[], Recording]:
     quiet_libraries()
     model = build_model(options)
-    loss = demo_loss(model, SIDES[name], options)
-    return prepare(model, loss, pairs, demo_settings(options, options.compare_steps), name)
-
-
-def demo_loss(model: SentenceTransformer, module: str, options: Options) -> nn.Module:
-    """The loss that goes with the model of these options, from a module of ``SIDES``."""
-    mini_batch_size = None if options.model == "static" else MINI_BATCH_SIZE
-    return build_loss(model, module, options.matryoshka_dims(model.get_embedding_dimension()), mini_batch_size)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the sides may encode a batch more or less often, and would draw other masks
+    loss = objective_of(options).loss(model, name)
+    return prepare(model, loss, rows, demo_settings(options, options.compare_steps), name)
 
 
 def demo_settings(options: Options, steps: int, workers: int = 0) -> Settings:
@@ -101,23 +96,8 @@ def demo_settings(options: Options, steps: int, workers: int = 0) -> Settings:
     return Settings(options.batch_size, steps, options.lr, options.seed, options.output, workers)
 
 
-def build_loss(
-    model: SentenceTransformer, module: str, matryoshka_dims: Sequence[int] = (), mini_batch_size: int | None = None
-) -> nn.Module:
-    """MultipleNegativesRankingLoss from a module of ``SIDES``.
-
-    The cached one if there is a mini-batch size, and within MatryoshkaLoss if there are dimensions for it.
-    """
-    losses = importlib.import_module(module)
-    if mini_batch_size is None:
-        loss = losses.MultipleNegativesRankingLoss(model)
-    else:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
-    return losses.MatryoshkaLoss(model, loss, list(matryoshka_dims)) if matryoshka_dims else loss
-
-
 def prepare(
-    model: SentenceTransformer, loss: nn.Module, pairs: Sequence[Pair], settings: Settings, description: str = ""
+    model: SentenceTransformer, loss: nn.Module, rows: Sequence[Row], settings: Settings, description: str = ""
 ) -> Callable[[], Recording]:
     """Set everything up; the returned function trains the model in place, on one bar if there is a description."""
     recorder = StepRecorder(model, loss)
@@ -137,11 +117,10 @@ def prepare(
         use_cpu=True,
         **overlap,
     )
-    queries, texts = zip(*pairs, strict=True)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"query": queries, "text": texts}),
+        train_dataset=Dataset.from_dict(dict(zip(COLUMNS, zip(*rows, strict=True), strict=False))),
         loss=loss,
         callbacks=[recorder, _Bar(recorder.recording, description)] if description else [recorder],
     )

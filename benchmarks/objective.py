@@ -1,0 +1,197 @@
+"""Benchmark: AnglE's objective on a model, as one loss of ours and as what a user of stock writes for it.
+
+The objective is CoSENT plus in-batch negatives plus AnglE's angle loss. Stock has the three losses but nothing that
+shares their embeddings: run one after the other on the same batch and summed, each encodes it anew. Ours is
+`AnglEObjective`: one encoding, and one read of the embeddings for both rankings. A step is forward and backward from
+features that are tokenized already, from gradients that are None; the model is in training mode.
+
+Each case checks parity first, on the gradients of the model's parameters, and is not timed without it: in evaluation
+mode, because each of stock's encodings draws dropout masks of its own. Then it times both sides in turn in one process
+and reads the peak extra memory of each in a process of its own. Texts are docstrings of the installed packages, labels
+are random. On the CPU only.
+
+    python benchmarks/objective.py [--quick]     or     python -m sbert_kernels bench objective [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sbert_kernels import demo
+from sbert_kernels.benchmarks import harness
+from sbert_kernels.benchmarks.peers import OURS, STOCK
+from sbert_kernels.benchmarks.training import QUICK_DIM, QUICK_PACKAGES, mixed_rows, read_pairs
+from sbert_kernels.demo.options import STATIC_DIM, DemoError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from sbert_kernels.demo.data import Pair
+
+QUICK_BATCH = 16
+SIDES = {"stock": STOCK, "ours": OURS}
+STOCK_TERMS = ("CoSENTLoss", "MultipleNegativesRankingLoss", "AnglELoss")
+# What stock's three losses compute: every pair is a positive one, and equal texts are not looked for.
+OPTIONS = {"positive_threshold": None, "duplicates": "keep"}
+# Rounding differs by parts in a hundred thousand; what is wrong in a loss shows in percents.
+PARITY_LIMIT = 1e-3
+# The bias of attention's keys cancels in its softmax: all its gradient is rounding, and is compared on the scale of the
+# whole gradient's instead of its own. The share is that of float32's roundings where they add up, sqrt(2^-24).
+LEAST_SHARE = 2**-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the report."""
+
+    model: str
+    batch: int
+    dim: int | None = None  # of the static model; the other has its own
+
+
+CASES = {"static": Case("static", 4096, STATIC_DIM), "minilm": Case("minilm", 64)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options to a parser."""
+    quick = f"batches of {QUICK_BATCH}, {QUICK_DIM} static dimensions, docstrings of {', '.join(QUICK_PACKAGES)} alone"
+    harness.add_arguments(parser, quick=quick, repeats=5, cases=CASES)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
+    cases = harness.begin(args, CASES)
+    if args.quick:
+        cases = {name: replace(case, batch=QUICK_BATCH, dim=case.dim and QUICK_DIM) for name, case in cases.items()}
+    try:
+        demo.require_packages()
+        pairs = read_pairs(args.quick)
+    except DemoError as error:
+        raise SystemExit(f"error: {error}") from error
+    data = f"{len(pairs.pairs):,} pairs from {pairs.source}"
+    report = harness.Report(
+        f"AnglE's objective on a model: forward + backward{', quick run' if args.quick else ''}",
+        "objective",
+        harness.machine() | {"dtype": "float32", "data": data},
+        f"{harness.machine_line(torch.float32)}\n{data}",
+        charts=(
+            harness.Chart("ms of a step, median (times ours)", {side: f"{side} ms" for side in ("ours", "stock")}),
+            harness.Chart("MiB, peak extra memory (times ours)", {side: f"{side} MiB" for side in ("ours", "stock")}),
+        ),
+    )
+    print(report.machine_line)
+    failed = []
+    with tqdm(cases.items(), file=sys.stderr) as progress:
+        for name, case in progress:
+            texts = mixed_rows(pairs.pairs, case.batch)
+            row = _run_case(name, case, texts, args.repeats, progress.set_description)
+            if "ours ms" not in row:
+                failed.append(name)
+            report.rows.append(row)
+    harness.finish(report, args.output, failed)
+
+
+def _run_case(name: str, case: Case, pairs: Sequence[Pair], repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": f"{name} N={case.batch}{f' D={case.dim}' if case.dim else ''}"}
+    say(f"{name}: parity")
+    model = build_model(case)
+    batch = make_batch(model, pairs)
+    model.eval()
+    loss, gradients = zip(*(_loss_and_gradients(model, library, *batch) for library in SIDES.values()), strict=True)
+    row["loss difference"] = (abs(loss[1] - loss[0]) / abs(loss[0])).item()
+    row["gradient difference"] = error = _largest_difference(*gradients)
+    if not max(error, row["loss difference"]) <= PARITY_LIMIT:  # nan is no parity either
+        return row | {"note": f"not timed: the sides differ by more than {PARITY_LIMIT:.2g}"}
+    del gradients
+    say(f"{name}: time")
+    model.train()
+    steps = {side: make_step(model, library, *batch) for side, library in SIDES.items()}
+    timings = harness.measure(steps, repeats=repeats)
+    for side, timing in timings.items():
+        row[f"{side} ms"] = timing.error or timing.median_s * 1e3
+        row[f"{side} samples ms"] = [seconds * 1e3 for seconds in timing.samples]
+    row["stock/ours"] = timings["stock"].median_s / timings["ours"].median_s
+    for side, library in SIDES.items():
+        say(f"{name}: memory of {side}")
+        row[f"{side} MiB"] = harness.run_in_process(prepare, library, case, pairs).cell
+    return row | {"gradients MiB": sum(p.nbytes for p in model.parameters() if p.requires_grad) / harness.MIB}
+
+
+# -- what is run ------------------------------------------------------------------------------------------------------
+
+
+def build_model(case: Case) -> SentenceTransformer:
+    from sbert_kernels.demo import models
+
+    return models.static_model(case.dim, seed=0) if case.model == "static" else models.minilm_model()
+
+
+def make_batch(model: SentenceTransformer, pairs: Sequence[Pair]) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """The features of both columns, and labels [N] in [0, 1]."""
+    features = [model.preprocess(list(column)) for column in zip(*pairs, strict=True)]
+    return features, torch.rand(len(pairs), generator=torch.Generator().manual_seed(0))
+
+
+def make_losses(model: SentenceTransformer, library: str) -> list[nn.Module]:
+    """The losses that add up to the objective, all with their default scales of 20."""
+    losses = importlib.import_module(library)
+    if library == OURS:
+        return [losses.AnglEObjective(model, **OPTIONS)]
+    return [getattr(losses, name)(model) for name in STOCK_TERMS]
+
+
+def make_step(
+    model: SentenceTransformer, library: str, features: list[dict[str, Tensor]], labels: Tensor
+) -> Callable[[], Tensor]:
+    """A call that runs forward and backward, leaves the gradients in the model and returns the detached loss."""
+    losses = make_losses(model, library)
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        columns = [dict(column) for column in features]  # models write their outputs into them
+        terms = [loss(columns, labels) for loss in losses]
+        total = sum(sum(term.values()) if isinstance(term, dict) else term for term in terms)  # as the Trainer adds
+        total.backward()
+        return total.detach()
+
+    return step
+
+
+def prepare(library: str, case: Case, pairs: Sequence[Pair]) -> Callable[[], float]:
+    """For `run_in_process`: imports, the model, a warm-up on a tiny batch; what it returns is metered."""
+    model = build_model(case).train()
+    make_step(model, library, *make_batch(model, pairs[:8]))()
+    model.zero_grad(set_to_none=True)  # the gradients count
+    step = make_step(model, library, *make_batch(model, pairs))
+    return lambda: step().item()
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def _loss_and_gradients(
+    model: SentenceTransformer, library: str, features: list[dict[str, Tensor]], labels: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    value = make_step(model, library, features, labels)()
+    # A parameter of which the embeddings do not depend (a pooler's) has none, on either side.
+    return value, [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def _largest_difference(stock: list[Tensor], ours: list[Tensor]) -> float:
+    """The largest of a parameter's gradient: |ours - stock| / |stock|, see `LEAST_SHARE`; nan if any is."""
+    norms = torch.stack([gradient.norm() for gradient in stock])
+    differences = torch.stack([(x - y).norm() for x, y in zip(ours, stock, strict=True)])
+    return (differences / norms.clamp_min(LEAST_SHARE * norms.norm())).max().item()
+
+
+if __name__ == "__main__":
+    harness.command_line(__doc__, add_arguments, run)
