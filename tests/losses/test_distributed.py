@@ -66,6 +66,22 @@ def matryoshka(module: Any, inner: nn.Module) -> nn.Module:
     return module.MatryoshkaLoss(inner.model, inner, [2, 6, 3], [1.0, 0.5, 2.0])
 
 
+class Total(nn.Module):
+    """The sum of the terms of a loss, as the Trainer takes it."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
+        return sum(self.loss(features, labels).values())
+
+
+def objective(gather: bool) -> nn.Module:
+    """AnglE's three terms, on triplets."""
+    return Total(losses.AnglEObjective(Embedded("embedding"), gather_across_devices=gather))
+
+
 def run(loss: nn.Module, columns: list[dict[str, Tensor]]) -> list[Tensor]:
     features = [{**column, "embedding": column["embedding"].clone().requires_grad_()} for column in columns]
     value = loss(features, None)
@@ -98,6 +114,7 @@ def worker(rank: int, folder: str) -> None:
         "matryoshka": run(matryoshka(losses, plain(losses, True)), mine),
         "matryoshka gist": run(matryoshka(losses, gist(losses, True)), mine),
         "matryoshka gist stock": run(matryoshka(stock, gist(stock, True)), mine),
+        "objective": run(objective(True), mine),
         "matryoshka stock": run(matryoshka(stock, plain(stock, True)), mine),
     }
     for name, gather in (("scale gathered", True), ("scale alone", False)):
@@ -137,11 +154,12 @@ def union_of(ranks: Any, name: str) -> list[Tensor]:
     return [torch.stack(values).mean(), *(torch.cat(column) / WORLD for column in gradients)]
 
 
-@pytest.mark.parametrize("name", ["plain", "cached 1", "cached 5", "mask", "gist", "matryoshka"])
+@pytest.mark.parametrize("name", ["plain", "cached 1", "cached 5", "mask", "gist", "matryoshka", "objective"])
 def test_two_ranks_equal_the_union(ranks: Any, close: Any, name: str) -> None:
     losses_of = {
         "mask": lambda: plain(losses, False, duplicates="mask"),
         "gist": lambda: gist(stock, False),
+        "objective": lambda: objective(False),
         "matryoshka": lambda: matryoshka(stock, plain(stock, False)),
     }
     close(union_of(ranks, name), run(losses_of.get(name, lambda: plain(stock, False))(), union()))
