@@ -415,6 +415,20 @@ def test_a_compiled_caller_is_compiled_twice_at_most_whatever_the_number_of_pair
     assert counter.frame_count <= 2
 
 
+def test_a_compiled_caller_is_told_of_a_backend_that_needs_autograd() -> None:
+    compiled_loss = torch.compile(
+        lambda x, y, labels: cosent_loss(x, y, labels, backend="reference"), backend="aot_eager", fullgraph=True
+    )
+    x, y = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
+    with pytest.raises(RuntimeError, match="'reference' differentiates by autograd, which is off"):
+        compiled_loss(x, y, torch.rand(5)).backward()
+    step = torch.compile(
+        lambda x, y: pairwise_similarity(x, y, "cos", backend="reference")[0].sum(), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(RuntimeError, match="'reference' differentiates by autograd, which is off"):
+        step(x, y).backward()
+
+
 @pytest.mark.parametrize("name", ["cpu", "blockwise"])
 @pytest.mark.parametrize("operation", [cosent_loss, angle_loss])
 def test_a_compiled_caller_gets_the_same_gradients(compiled: None, name: str, operation: Any) -> None:

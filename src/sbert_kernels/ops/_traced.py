@@ -18,23 +18,7 @@ from ..backends.problem import ranking as ranking_contract
 from ..backends.problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, check_scale
 from ..backends.problem.pairwise import PairwiseGradients, PairwiseProblem
 from ..backends.problem.ranking import RankingProblem, RankingResult
-
-
-def evaluate(operation: str, backend: str | None, problem: Any, *arguments: Any, function: str | None = None) -> Any:
-    """What the backend of this name, or the first that serves the problem, gives for an operation.
-
-    ``function`` names another function of the operation's module than that of the operation's name.
-    """
-    return _computed_by(backends.choose(operation, backend, problem).backend, operation, problem, arguments, function)
-
-
-def _computed_by(
-    backend: backends.Backend, operation: str, problem: Any, arguments: tuple[Any, ...], function: str | None = None
-) -> Any:
-    compute = getattr(backend.module(operation), function or operation)
-    # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
-    with torch.autocast(problem.device.type, enabled=False), torch.no_grad():
-        return compute(problem, *arguments)
+from ._dispatch import computed_by, evaluate
 
 
 def distinct(inputs: Sequence[Tensor | float | None]) -> list[Tensor | float | None]:
@@ -123,14 +107,21 @@ def _contrastive_loss(
     return [problem.queries.new_empty(0) if x is None else x for x in result]
 
 
-def _with_gradients(operation: str, backend: str | None, problem: Any, needs: Sequence[bool]) -> Any:
+def _with_gradients(
+    operation: str,
+    backend: str | None,
+    problem: Any,
+    needs: Sequence[bool],
+    *arguments: Any,
+    function: str | None = None,
+) -> Any:
     chosen = backends.choose(operation, backend, problem).backend
     if chosen.uses_autograd and any(needs):
         raise RuntimeError(
             f"backend {chosen.name!r} differentiates by autograd, which is off inside a compiled graph: call it "
             "outside of torch.compile, or choose another backend."
         )
-    return _computed_by(chosen, operation, problem, (needs,))
+    return computed_by(chosen, operation, problem, (*arguments, needs), function)
 
 
 @_contrastive_loss.register_fake
@@ -235,7 +226,7 @@ def _pairwise_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
-    flow = evaluate("pairwise", backend, problem, gradients, needs, function="pairwise_gradients")
+    flow = _with_gradients("pairwise", backend, problem, needs, gradients, function="pairwise_gradients")
     return [x.new_empty(0) if gradient is None else gradient for gradient in (flow.x, *flow.columns)]
 
 

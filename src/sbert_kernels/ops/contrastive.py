@@ -30,6 +30,7 @@ from ..backends.problem.contrastive import ContrastiveProblem, Needs
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, handle_of, learnable, scaled
+from ._dispatch import evaluate
 
 
 class _Contrastive(torch.autograd.Function):
@@ -65,7 +66,7 @@ class _Contrastive(torch.autograd.Function):
 def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
     if torch.compiler.is_compiling():
         return _traced.contrastive(problem, backend, needs)
-    return _traced.evaluate("contrastive", backend, problem, needs)
+    return evaluate("contrastive", backend, problem, needs)
 
 
 def contrastive_loss(

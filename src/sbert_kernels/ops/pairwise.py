@@ -22,6 +22,7 @@ from ..backends.problem.pairwise import PairwiseProblem
 from . import _checks as checks
 from . import _traced
 from ._autograd import handle_of, learnable, once
+from ._dispatch import evaluate
 
 
 class _Pairwise(torch.autograd.Function):
@@ -47,7 +48,7 @@ class _Pairwise(torch.autograd.Function):
         if torch.compiler.is_compiling():
             flow = _traced.pairwise_gradients(problem, ctx.backend, gradients, needs)
         else:
-            flow = _traced.evaluate("pairwise", ctx.backend, problem, gradients, needs, function="pairwise_gradients")
+            flow = evaluate("pairwise", ctx.backend, problem, gradients, needs, function="pairwise_gradients")
         handle = handle_of([v for v in (x, *columns, *gradients) if v is not None]) if torch.is_grad_enabled() else x
         return None, None, *once("pairwise_similarity", [flow.x, *flow.columns], handle)
 
@@ -55,7 +56,7 @@ class _Pairwise(torch.autograd.Function):
 def _scores(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
         return _traced.pairwise(problem, backend)
-    return _traced.evaluate("pairwise", backend, problem)
+    return evaluate("pairwise", backend, problem)
 
 
 def pairwise_similarity(

@@ -23,6 +23,7 @@ from ..backends.problem.ranking import Needs, RankingProblem, RankingResult, che
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, handle_of, learnable, scaled
+from ._dispatch import evaluate
 from ._gather import gather_rows
 from .pairwise import pairwise_similarity
 
@@ -55,7 +56,7 @@ def _run(problem: RankingProblem, backend: str | None, needs: Needs) -> RankingR
     if torch.compiler.is_compiling():
         return _traced.ranking(problem, backend, needs)
     check_values(problem)
-    return _traced.evaluate("ranking", backend, problem, needs)
+    return evaluate("ranking", backend, problem, needs)
 
 
 def ranking_loss(

@@ -40,7 +40,9 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
     # A pair without a higher label is in no sum, even at an infinite score.
     pull = torch.where(above < n, z + u, -torch.inf)
     # log(1 + e^total), exact to its last digit also where it is tiny.
-    total = torch.logsumexp(pull if weights is None else (pull + weights.log())[weights > 0], dim=0)
+    # Masked, not selected: a selection would have to wait for its own length.
+    counted = pull if weights is None else (pull + weights.log()).masked_fill(weights == 0, -torch.inf)
+    total = torch.logsumexp(counted, dim=0)
     loss = torch.logaddexp(total, z.new_zeros(()))
     undefined = z.isnan().any()
     if problem.device.type != "cpu" and labels.is_floating_point():
