@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ def bert_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bert(bert_path: Path) -> Callable[..., Any]:
     """Makes equal tiny BERTs: mean pooling, 32 dimensions, no dropout, float64 unless told otherwise."""
     from sentence_transformers import SentenceTransformer
@@ -132,6 +134,30 @@ def close() -> Callable[..., None]:
             assert (value - exact).abs().max() <= rtol * exact.abs().max() + rtol * 1e-6
 
     return check
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Runs a test file as a script in processes of its own, ``FILE RANK WORLD FOLDER``; returns ``FOLDER/RANK.pt``.
+
+    As a script, because pytest imports it under a name that a new process cannot import. ``inputs``, if given, are
+    there as ``FOLDER/inputs.pt``.
+    """
+
+    def run(file: str, world: int, inputs: Any = None) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        if inputs is not None:
+            torch.save(inputs, folder / "inputs.pt")
+        command = [sys.executable, file]
+        processes = [subprocess.Popen([*command, str(rank), str(world), str(folder)]) for rank in range(world)]
+        try:
+            assert [process.wait(timeout=120) for process in processes] == [0] * world
+        finally:
+            for process in processes:
+                process.kill()
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+    return run
 
 
 @pytest.fixture(scope="session")

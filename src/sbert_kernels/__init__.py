@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import losses as losses
     from .backends import use_backend as use_backend
+    from .gradcache import GradCache as GradCache
     from .ops.contrastive import contrastive_loss as contrastive_loss
     from .ops.pairwise import pairwise_similarity as pairwise_similarity
     from .ops.ranking import angle_loss as angle_loss
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use: importing the package costs no import of torch or sentence-transformers.
 _PUBLIC = {
+    "GradCache": ("gradcache", "GradCache"),
     "angle_loss": ("ops.ranking", "angle_loss"),
     "contrastive_loss": ("ops.contrastive", "contrastive_loss"),
     "cosent_loss": ("ops.ranking", "cosent_loss"),

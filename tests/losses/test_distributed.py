@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,8 +97,8 @@ def cached(gather: bool, columns: list[dict[str, Tensor]], mini_batch_size: int)
     return [value, *(torch.cat([part.grad for part in column]) for column in reps)]
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def worker(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
     mine = [{k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in column.items()} for column in union()]
     counted: list[int] = []
@@ -136,16 +135,8 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, list[Tensor]], dict[int, int]]]:
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    # This file as a script: pytest imports it under a name that a new process cannot import.
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(WORLD)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+def ranks(run_ranks: Callable[..., list[Any]]) -> list[tuple[dict[str, list[Tensor]], dict[int, int]]]:
+    return run_ranks(__file__, WORLD)
 
 
 def union_of(ranks: Any, name: str) -> list[Tensor]:
@@ -189,4 +180,4 @@ def test_collectives_do_not_grow_with_the_number_of_mini_batches(ranks: Any) -> 
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -5,9 +5,8 @@ Their batches are uneven, and only scores and labels travel.
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -152,19 +151,8 @@ def worker(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    world = request.param
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    # This file as a script: pytest imports it under a name that a new process cannot import.
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(world), str(folder)]) for rank in range(world)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * world
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+def ranks(request: pytest.FixtureRequest, run_ranks: Callable[..., list[Any]]) -> list[dict[str, Any]]:
+    return run_ranks(__file__, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)

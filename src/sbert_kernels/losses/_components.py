@@ -65,13 +65,7 @@ class Components(dict[str, Tensor]):
         pass.
         """
         values = torch.stack([value.detach() for value in self.values()])
-        parts = _CommonFactor.apply(total, values).unbind()
-        return Components(
-            {
-                name: part + (value - value.detach()) if value.requires_grad else part
-                for part, (name, value) in zip(parts, self.items(), strict=True)
-            }
-        )
+        return Components(zip(self, _CommonFactor.apply(total, values).unbind(), strict=True))
 
 
 def _scalar(value: Any) -> bool:

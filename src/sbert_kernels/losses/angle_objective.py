@@ -52,7 +52,8 @@ class AnglEObjective(WeightedLoss):
         positive_threshold: See above; None makes every row an anchor, as MultipleNegativesRankingLoss does.
         directions, duplicates: Of the in-batch term, see :class:`MultipleNegativesRankingLoss`.
         gather_across_devices: All terms compare the rows of all ranks. The mean over anchors is each rank's own.
-        mini_batch_size, mini_batch_num_tokens, show_progress_bar: See :class:`WeightedLoss`.
+        mini_batch_size, mini_batch_num_tokens, show_progress_bar, packing, unique_rows, activation_budget: See
+            :class:`WeightedLoss`.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class AnglEObjective(WeightedLoss):
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
+        packing: str = "length",
+        unique_rows: bool = False,
+        activation_budget: int | str | None = None,
     ) -> None:
         in_batch = MultipleNegativesRankingLoss(
             model,
@@ -93,6 +97,9 @@ class AnglEObjective(WeightedLoss):
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
             show_progress_bar=show_progress_bar,
+            packing=packing,
+            unique_rows=unique_rows,
+            activation_budget=activation_budget,
         )
         if not any(self._active(name) for name in self.losses):
             raise ValueError("cosine_weight, ibn_weight and angle_weight are all 0: nothing is left to compute.")

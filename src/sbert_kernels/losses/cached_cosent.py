@@ -10,17 +10,16 @@ from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor
 
-from ._scale import backward_to_reps, with_scale_gradient
+from ..gradcache.stage import backward_to_embeddings
+from ._cached import GradientCached
 from .cosent import AnglELoss, CoSENTLoss
 
 
-class _Cached(CachedLossMixin):
+class _Cached(GradientCached, CachedLossMixin):
     """The gradient cache around a ranking loss; a base before that loss."""
 
-    scale: Any
-
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        return with_scale_gradient(self, self.scale, self.forward_cached, sentence_features, labels)
+        return self.forward_cached(sentence_features, labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -31,13 +30,14 @@ class _Cached(CachedLossMixin):
         detached from all of them. It still carries the gradient of a learnable scale.
         """
         loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
-        return backward_to_reps(loss, reps, self.scale) if with_backward else loss
+        return backward_to_embeddings(loss, [part for column in reps for part in column]) if with_backward else loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        return super().get_config_dict() | {
+        mini_batch = {
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
         }
+        return super().get_config_dict() | mini_batch | self.cache_options().changed()
 
 
 class CachedCoSENTLoss(_Cached, CoSENTLoss):
@@ -48,9 +48,8 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
 
     Args:
         model, scale, similarity_fct, gather_across_devices: See :class:`CoSENTLoss`.
-        mini_batch_size, mini_batch_num_tokens: The most rows, and padded tokens, of a column that are embedded at a
-            time, as in sentence-transformers' CachedMultipleNegativesRankingLoss.
-        show_progress_bar: Over the mini-batches.
+        mini_batch_size, mini_batch_num_tokens, packing, unique_rows, activation_budget, show_progress_bar: See
+            :class:`~sbert_kernels.gradcache.options.Options`.
     """
 
     def __init__(
@@ -63,11 +62,15 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
         show_progress_bar: bool = False,
         *,
         gather_across_devices: bool = False,
+        packing: str = "length",
+        unique_rows: bool = False,
+        activation_budget: int | str | None = None,
     ) -> None:
         super().__init__(model, scale, similarity_fct, gather_across_devices=gather_across_devices)
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
+        self._set_cache_options(packing, unique_rows, activation_budget)
 
 
 class CachedAnglELoss(_Cached, AnglELoss):
@@ -82,8 +85,12 @@ class CachedAnglELoss(_Cached, AnglELoss):
         show_progress_bar: bool = False,
         *,
         gather_across_devices: bool = False,
+        packing: str = "length",
+        unique_rows: bool = False,
+        activation_budget: int | str | None = None,
     ) -> None:
         super().__init__(model, scale, gather_across_devices=gather_across_devices)
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
+        self._set_cache_options(packing, unique_rows, activation_budget)

@@ -1,25 +1,64 @@
-"""CachedGISTEmbedLoss: sentence-transformers' gradient cache with a fused loss stage."""
+"""CachedGISTEmbedLoss: the gradient cache of this package, and a fused loss stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import cached_gist_embed as stock
+from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
+from ..gradcache.packing import MiniBatch
+from ..gradcache.stage import backward_to_embeddings
+from ._cached import GradientCached
 from ._prefixes import WHOLE, Prefixes
-from ._scale import backward_to_reps, learnable, plain_scale, with_scale_gradient
+from ._scale import learnable, plain_scale
 from ._serving import serves
 from .gist_embed import changed_computation, guided_loss
 
 
-class CachedGISTEmbedLoss(stock.CachedGISTEmbedLoss):
-    """Stock's CachedGISTEmbedLoss (see there for the arguments) with a fused loss stage.
+class CachedGISTEmbedLoss(GradientCached, stock.CachedGISTEmbedLoss):
+    """Stock's CachedGISTEmbedLoss (see there for the arguments) with a fused loss stage and our gradient cache.
 
-    The loss stage is one call over the whole batch, without chunks, and gathers across devices once.
+    The loss stage is one call over the whole batch, without chunks, and gathers across devices once. ``packing``,
+    ``unique_rows`` and ``activation_budget`` are those of :class:`~sbert_kernels.gradcache.options.Options`.
     """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        guide: SentenceTransformer,
+        temperature: float | Tensor = 0.01,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        margin_strategy: str = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+        *,
+        packing: str = "length",
+        unique_rows: bool = False,
+        activation_budget: int | str | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            temperature,
+            mini_batch_size,
+            mini_batch_num_tokens,
+            show_progress_bar,
+            margin_strategy,
+            margin,
+            contrast_anchors,
+            contrast_positives,
+            gather_across_devices,
+        )
+        self._set_cache_options(packing, unique_rows, activation_budget)
 
     def serves(self) -> bool:
         """Whether the fused operation computes the loss stage; see :func:`._serving.serves`."""
@@ -42,10 +81,34 @@ class CachedGISTEmbedLoss(stock.CachedGISTEmbedLoss):
         columns = [torch.cat(column) for column in reps]
         guide_columns = [torch.cat(column) for column in reps_guided]
         loss = guided_loss(self, columns, guide_columns, stock, prefixes)
-        return backward_to_reps(loss, reps, self.temperature) if with_backward else loss
+        return backward_to_embeddings(loss, [part for column in reps for part in column]) if with_backward else loss
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        return with_scale_gradient(self, self.temperature, super().forward, sentence_features, labels)
+        if self.on_stock_engine(self.temperature):
+            return super().forward(sentence_features, labels)
+        return self.run_cached(
+            sentence_features,
+            lambda columns, guided, **backward: self.calculate_loss(
+                [[column] for column in columns], [[column] for column in guided], **backward
+            ),
+        )
+
+    def embed_rows(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
+        embeddings = super().embed_rows(mini_batch, first)
+        if not first:
+            return embeddings
+        with torch.no_grad():
+            features = mini_batch.features()
+            if self.must_retokenize:
+                features = batch_to_device(self.guide.preprocess(self._texts(features)), self.guide.device)
+            return [*embeddings, self.guide(features)["sentence_embedding"]]
+
+    def _texts(self, features: dict[str, Any]) -> list[str]:
+        """What was tokenized, as far as the tokens tell, for a guide with another vocabulary."""
+        ids = features["input_ids"]
+        if "cu_seq_lens_q" in features:
+            ids = torch.tensor_split(ids[0].cpu(), features["cu_seq_lens_q"][1:-1].cpu())
+        return self.tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return plain_scale(super().get_config_dict())
+        return plain_scale(super().get_config_dict()) | self.cache_options().changed()

@@ -1,4 +1,4 @@
-"""CachedMultipleNegativesRankingLoss and its symmetric form: sentence-transformers' gradient cache, a fused loss stage.
+"""CachedMultipleNegativesRankingLoss and its symmetric form: the gradient cache of this package, a fused loss stage.
 
 The loss between the two passes over the encoder is one call of the contrastive operation over the whole batch: it needs
 no chunks to bound its memory, and gathers across devices once, not once a chunk.
@@ -21,17 +21,21 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 from typing_extensions import deprecated
 
+from ..gradcache.stage import backward_to_embeddings
+from ._cached import GradientCached
 from ._prefixes import WHOLE, Prefixes
-from ._scale import backward_to_reps, learnable, plain_scale, with_scale_gradient
+from ._scale import learnable, plain_scale
 from ._serving import serves
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_duplicates
 
 
-class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLoss):
-    """Stock's CachedMultipleNegativesRankingLoss (see there for the arguments) with a fused loss stage.
+class CachedMultipleNegativesRankingLoss(GradientCached, stock.CachedMultipleNegativesRankingLoss):
+    """Stock's CachedMultipleNegativesRankingLoss (see there for the arguments) with a fused loss stage and our gradient
+    cache.
 
     ``mini_batch_size`` bounds the memory of the encoder; the loss stage needs no bound. The new options ``duplicates``
-    and a learnable ``scale`` are those of :class:`MultipleNegativesRankingLoss`.
+    and a learnable ``scale`` are those of :class:`MultipleNegativesRankingLoss`; ``packing``, ``unique_rows`` and
+    ``activation_budget`` those of :class:`~sbert_kernels.gradcache.options.Options`.
     """
 
     def __init__(
@@ -49,6 +53,9 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
         hardness_strength: float = 0.0,
         *,
         duplicates: str = "keep",
+        packing: str = "length",
+        unique_rows: bool = False,
+        activation_budget: int | str | None = None,
     ) -> None:
         # Stock keeps these; every option of the loss itself belongs to the inner loss, which validates it.
         super().__init__(
@@ -68,6 +75,7 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
             hardness_strength=hardness_strength,
             duplicates=duplicates,
         )
+        self._set_cache_options(packing, unique_rows, activation_budget)
 
     _delegated_to_wrapped_loss = (*stock.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss, "duplicates")
 
@@ -92,7 +100,7 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
         if len(reps) < 2 or (prefixes is WHOLE and not self.serves([part for column in reps for part in column])):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         loss = self.loss.compute_loss([torch.cat(column) for column in reps], labels, stock, prefixes)
-        return backward_to_reps(loss, reps, self.scale) if with_backward else loss
+        return backward_to_embeddings(loss, [part for column in reps for part in column]) if with_backward else loss
 
     def serves(self, reps: Sequence[Tensor] = ()) -> bool:
         """Whether the fused operation computes the loss stage (of these embeddings); see :func:`._serving.serves`."""
@@ -105,10 +113,16 @@ class CachedMultipleNegativesRankingLoss(stock.CachedMultipleNegativesRankingLos
         sentence_features = list(sentence_features)
         fused = isinstance(self.loss, MultipleNegativesRankingLoss)
         with self.loss.ids_of(sentence_features) if fused else nullcontext():
-            return with_scale_gradient(self, self.scale, super().forward, sentence_features, labels)
+            return super().forward(sentence_features, labels)
+
+    def forward_cached(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        if self.on_stock_engine(self.scale):
+            return stock.CachedMultipleNegativesRankingLoss.forward_cached(self, sentence_features, labels)
+        return super().forward_cached(sentence_features, labels)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return plain_scale(super().get_config_dict()) | getattr(self.loss, "new_options", dict)()
+        new_options = getattr(self.loss, "new_options", dict)() | self.cache_options().changed()
+        return plain_scale(super().get_config_dict()) | new_options
 
 
 with warnings.catch_warnings():
@@ -130,6 +144,9 @@ with warnings.catch_warnings():
             show_progress_bar: bool = False,
             *,
             duplicates: str = "keep",
+            packing: str = "length",
+            unique_rows: bool = False,
+            activation_budget: int | str | None = None,
         ) -> None:
             super().__init__(
                 model,
@@ -141,3 +158,4 @@ with warnings.catch_warnings():
                 show_progress_bar,
             )
             self.loss.duplicates = check_duplicates(duplicates)
+            self._set_cache_options(packing, unique_rows, activation_budget)

@@ -13,7 +13,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import (
     CachedLossMixin,
-    _validate_mini_batch_num_tokens,
     has_static_embedding_input,
     uses_gradient_cache,
 )
@@ -21,14 +20,17 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
 from torch import Tensor, nn
 
+from ..gradcache.options import Options
+from ..gradcache.stage import backward_to_embeddings
+from ._cached import GradientCached
 from ._components import ADDED, Components
-from ._scale import as_scale, backward_to_reps, catching_stage, learnable
+from ._scale import as_scale, learnable
 
 # What the Trainer itself logs or counts beside the terms of a loss.
 TAKEN = frozenset({"loss", "steps", "epoch", "grad_norm", "learning_rate", ADDED})
 
 
-class WeightedLoss(CachedLossMixin, nn.Module):
+class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
     """The weighted sum of several losses, from one encoding of the batch.
 
     Each loss gets the same embeddings and the same labels. The result is a dictionary of the weighted terms: the
@@ -51,7 +53,8 @@ class WeightedLoss(CachedLossMixin, nn.Module):
             terms must then be multiplied by one common factor, as the sum is; anything else raises in the backward
             pass.
         mini_batch_num_tokens: The same, in mini-batches of at most so many tokens.
-        show_progress_bar: Of the mini-batches.
+        packing, unique_rows, activation_budget, show_progress_bar: Of that cache; see
+            :class:`~sbert_kernels.gradcache.options.Options`.
 
     Raises:
         TypeError, ValueError: A name, a weight or a mini-batch that cannot be, or a loss that needs more than the
@@ -66,6 +69,9 @@ class WeightedLoss(CachedLossMixin, nn.Module):
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
+        packing: str = "length",
+        unique_rows: bool = False,
+        activation_budget: int | str | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -77,9 +83,6 @@ class WeightedLoss(CachedLossMixin, nn.Module):
                 raise TypeError(f"losses[{entry!r}] must be (loss, weight), got {value!r}.")
             _check_loss(entry, value[0], model, name)
             _check_weight(entry, value[1])
-        if mini_batch_size is not None and (not isinstance(mini_batch_size, int) or mini_batch_size < 1):
-            raise ValueError(f"mini_batch_size must be a positive integer or None, got {mini_batch_size!r}.")
-        _validate_mini_batch_num_tokens(mini_batch_num_tokens)
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
         if self.uses_gradient_cache and has_static_embedding_input(model):
             raise ValueError(
@@ -93,6 +96,10 @@ class WeightedLoss(CachedLossMixin, nn.Module):
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
+        if self.uses_gradient_cache:
+            self._set_cache_options(packing, unique_rows, activation_budget)
+        elif given := Options(packing=packing, unique_rows=unique_rows, activation_budget=activation_budget).changed():
+            raise ValueError(f"{name} without mini_batch_size has no gradient cache for {given} to apply to.")
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Components:
         sentence_features = list(sentence_features)
@@ -100,10 +107,14 @@ class WeightedLoss(CachedLossMixin, nn.Module):
             if not self.uses_gradient_cache:
                 embeddings = stock.embed_columns(self.model, sentence_features)
                 return self.compute_loss_from_embeddings(embeddings, labels)
-            total, (components,) = catching_stage(
-                self, self.forward_cached, sentence_features, labels, scalar=Components.total
-            )
-            return components.driven_by(total)
+            found: list[Components] = []
+
+            def stage(columns: list[Tensor], **backward: bool) -> Tensor:
+                found.append(self.calculate_loss([[column] for column in columns], labels, **backward))
+                return found[0].total()
+
+            total = self.run_cached(sentence_features, stage)
+            return found[0].driven_by(total)
 
     def components(self, embeddings: list[Tensor], labels: Tensor | None) -> Mapping[str, Any]:
         """The values by name, not weighted yet, from one column of embeddings [B, D] for each of the inputs.
@@ -131,7 +142,8 @@ class WeightedLoss(CachedLossMixin, nn.Module):
         components = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if not with_backward:
             return components
-        return components.detached(backward_to_reps(components.total(), reps, *self._own_tensors()))
+        embeddings = [part for column in reps for part in column]
+        return components.detached(backward_to_embeddings(components.total(), embeddings))
 
     @contextmanager
     def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
@@ -148,13 +160,6 @@ class WeightedLoss(CachedLossMixin, nn.Module):
             _check_weight(name, weight)
         return as_scale(weight)
 
-    def _own_tensors(self) -> list[Tensor]:
-        """Whatever is learnable here but not the model's, registered as a parameter or not."""
-        foreign = set(self.model.modules())
-        own = [module for module in self.modules() if module not in foreign]
-        found = (value for module in own for value in (*module._parameters.values(), *vars(module).values()))
-        return list({id(value): value for value in found if learnable(value)}.values())
-
     def get_config_dict(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             "losses": {
@@ -166,7 +171,7 @@ class WeightedLoss(CachedLossMixin, nn.Module):
         for name in ("mini_batch_size", "mini_batch_num_tokens"):
             if getattr(self, name) is not None:
                 config[name] = getattr(self, name)
-        return config
+        return config | (self.cache_options().changed() if self.uses_gradient_cache else {})
 
     @property
     def citation(self) -> str:

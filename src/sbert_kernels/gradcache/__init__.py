@@ -1,0 +1,5 @@
+"""The gradient cache (arXiv 2101.06983): losses over large batches in the memory of a mini-batch."""
+
+from .cache import GradCache
+
+__all__ = ["GradCache"]

@@ -1,0 +1,366 @@
+"""The gradient cache (Gao et al. 2021, arXiv 2101.06983): a loss over a whole batch in the memory of a mini-batch.
+
+1. Embed the batch mini-batch by mini-batch, without graphs.
+2. Compute the loss of all embeddings, and its gradients with respect to them: the cache.
+3. In the backward pass, embed each mini-batch once more, with a graph, and back-propagate its part of the cache.
+
+Step 3 is the first pass over again: same rows, dropout masks, precision (:mod:`replay`). Rows are grouped by their
+length (:mod:`packing`); graphs that fit a budget are kept from step 1 and not made again (:mod:`activations`); on
+several ranks gradients are summed once (:mod:`sync`). What a step remembers is its own, so that two forward passes may
+precede a backward pass, or two backward passes follow one.
+
+Held at a time: the activations of one mini-batch or those kept, the embeddings and their gradients, and for each
+mini-batch the state of the random generators (5 kB). Where DistributedDataParallel has to see every parameter at once,
+it is one mini-batch of each pool, the last.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..logs import log_once
+from .activations import ActivationBudget, budget_bytes
+from .options import Options
+from .packing import Column, Limits, MiniBatch, Pool, Sliced, make_pools
+from .replay import RandomState, Surroundings, devices_of
+from .stage import leaves_of
+from .sync import GradientSync, most_of_all_ranks
+
+logger = logging.getLogger(__name__)
+
+# Embeddings [n, ...] of a mini-batch, and whatever else the first pass has to know of its rows, [n, ...] each.
+Embed = Callable[[MiniBatch, bool], Sequence[Tensor]]
+
+
+def cached_loss(
+    embed: Embed,
+    encoders: Sequence[nn.Module],
+    columns: Sequence[Column],
+    stage: Callable[..., Tensor],
+    options: Options,
+    pad: Sequence[int | None] = (),
+) -> Tensor:
+    """The loss of a batch, whose backward pass embeds the batch once more.
+
+    Args:
+        embed: ``embed(mini_batch, first)`` runs the encoder; with ``first`` it may return more than the embeddings.
+        encoders: The module that embeds each column.
+        columns: The features of each column.
+        stage: ``stage(embeddings, *more)`` returns the loss, a scalar, of one tensor [B, ...] a column. If gradients
+            are enabled it leaves those of the embeddings in their ``.grad``, and the loss may still carry those of
+            parameters of its own.
+        options: Those of the user.
+        pad: The padding token's id of each column's encoder, where it is known.
+
+    Raises:
+        ValueError: a column is empty, or the loss does not use it.
+    """
+    step = _Step(embed, encoders, columns, options, pad)
+    if not torch.is_grad_enabled():
+        return stage(*step.embed_all(record=False))
+    embeddings, *more = step.embed_all(record=True)
+    embeddings = [column.detach().requires_grad_() for column in embeddings]
+    loss = stage(embeddings, *more)
+    unused = [str(position) for position, column in enumerate(embeddings) if column.grad is None]
+    if unused:
+        raise ValueError(
+            f"The loss computation did not use input column(s) {', '.join(unused)}: their embeddings received no "
+            "gradient. Every input column is embedded (twice, with gradient caching), so remove the unused column(s) "
+            "from the dataset instead."
+        )
+    step.cache([column.grad for column in embeddings])
+    ids = {id(column) for column in embeddings}
+    if any(id(leaf) in ids for leaf in leaves_of(loss)):
+        # A stage of the user's that has called backward() and returns what it was called on: that graph is used up.
+        loss = loss.detach()
+    loss = loss.clone() if loss.requires_grad else loss.detach().requires_grad_()
+    loss.register_hook(step.replay)
+    return loss
+
+
+@dataclass(eq=False)
+class _Part:
+    """A mini-batch of a step, and what it takes to embed it once more."""
+
+    mini_batch: MiniBatch
+    pool: int
+    counts: bool = True  # False: embedded for the sake of other ranks
+    keep: bool = False  # its graph takes no memory that is not needed later
+    random_state: RandomState | None = None
+    kept: Tensor | None = None  # embeddings with their graph
+
+
+@dataclass(eq=False)
+class _Encoder:
+    """A module that embeds columns, and its parts of a step in the order of the first pass."""
+
+    module: nn.Module
+    sync: GradientSync
+    parts: list[_Part] = field(default_factory=list)
+
+    def may_be_kept(self) -> list[_Part]:
+        """The parts whose graphs may wait for the second pass: not those that a wrapper has to see then."""
+        last = self.last_parts()
+        return [] if self.sync.sharded else [part for part in self.parts if part not in last]
+
+    def last_parts(self) -> list[_Part]:
+        """The parts whose backward pass sums gradients over the ranks: together they reach every parameter in use."""
+        if not self.sync.wrapped:
+            return []
+        last_of_pool = {part.pool: part for part in self.parts}
+        return list(last_of_pool.values()) if self.sync.counts_all_parameters else self.parts[-1:]
+
+
+class _Step:
+    """One batch from its features to its gradients."""
+
+    def __init__(
+        self,
+        embed: Embed,
+        encoders: Sequence[nn.Module],
+        columns: Sequence[Column],
+        options: Options,
+        pad: Sequence[int | None],
+    ) -> None:
+        self._embed = embed
+        self._show = options.show_progress_bar
+        modules = {id(module): module for module in encoders}
+        numbers = {key: number for number, key in enumerate(modules)}
+        self.encoders = [_Encoder(module, GradientSync(module)) for module in modules.values()]
+        if options.unique_rows and any(_has_active_dropout(module) for module in modules.values()):
+            log_once(logger, "unique_rows=True: rows that are equal share one dropout mask, as they are encoded once.")
+        if options.activation_budget and any(encoder.sync.sharded for encoder in self.encoders):
+            log_once(logger, "activation_budget: none are kept of an encoder that is sharded over ranks (FSDP).")
+        of_column = [numbers[id(module)] for module in encoders]
+        self._columns = len(columns)
+        self.pools = make_pools(
+            columns,
+            of_column,
+            Limits(options.mini_batch_size, options.mini_batch_num_tokens),
+            packing=options.packing,
+            unique_rows=options.unique_rows,
+            pad=pad,
+        )
+        tensors = [value for column in columns for value in _tensors(column)]
+        self._devices = devices_of(modules.values(), tensors)
+        self._surroundings = Surroundings(modules.values(), self._devices)
+        self._budget = ActivationBudget(budget_bytes(options.activation_budget, self._devices), list(modules.values()))
+        self._gradients: list[Tensor] = []
+        self._versions: list[int] = []
+        for number, pool in enumerate(self.pools):
+            encoder = self.encoders[of_column[pool.columns[0]]]
+            encoder.parts += [_Part(mini_batch, number) for mini_batch in pool.mini_batches]
+        for encoder in self.encoders:
+            if encoder.sync.sharded:
+                encoder.parts = self._as_many_as_other_ranks(encoder)
+        if options.activation_budget is None:
+            self._keep_the_end(self.encoders[-1])
+
+    def _keep_the_end(self, encoder: _Encoder) -> None:
+        """Keep the graphs of the mini-batches that come last, together no larger than one may be: that memory is needed
+        for each of the others in the second pass, when these are through."""
+        pool = encoder.parts[-1].pool
+        left = self.pools[pool].budget
+        for part in reversed(encoder.may_be_kept()):
+            left -= part.mini_batch.tokens
+            if part.pool != pool or left < 0:
+                return
+            part.keep = True
+
+    def _as_many_as_other_ranks(self, encoder: _Encoder) -> list[_Part]:
+        """The parts of a sharded encoder, the last of each pool repeated for as long as another rank has more."""
+        pools: dict[int, list[_Part]] = {}
+        for part in encoder.parts:
+            pools.setdefault(part.pool, []).append(part)
+        device = next(encoder.module.parameters()).device
+        most = most_of_all_ranks([len(parts) for parts in pools.values()], device)
+        return [
+            part
+            for parts, count in zip(pools.values(), most, strict=True)
+            for part in (
+                *parts,
+                *(_Part(parts[-1].mini_batch, parts[-1].pool, counts=False) for _ in range(count - len(parts))),
+            )
+        ]
+
+    # -- the first pass ------------------------------------------------------------------------------------------------
+
+    def embed_all(self, record: bool) -> list[list[Tensor]]:
+        """The embeddings of each column, in the caller's order, and what else ``embed`` returns of the rows.
+
+        Args:
+            record: Whether a backward pass may follow.
+        """
+        begin = RandomState(self._devices) if record else None
+        self._versions = self._versions_now()
+        of_pools: list[list[Tensor]] = [[] for _ in self.pools]
+        try:
+            with (
+                self._surroundings.restored(),
+                self._surroundings.autocasting(),
+                self._progress("Embed", record) as progress,
+            ):
+                for encoder in self.encoders:
+                    may_be_kept = encoder.may_be_kept()
+                    pool = None
+                    with encoder.sync.accumulating():
+                        for part in encoder.parts:
+                            if part.pool != pool:
+                                pool = part.pool
+                                self._budget.new_pool()
+                            outputs = self._first(part, record, part in may_be_kept)
+                            progress.update(part.mini_batch.tokens)
+                            if part.counts:
+                                _put(of_pools[part.pool], outputs, part.mini_batch)
+        except BaseException:
+            if begin is not None:
+                begin.restore()
+            raise
+        outputs = len(of_pools[0])
+        return [
+            [self._column(of_pools, output, position) for position in range(self._columns)] for output in range(outputs)
+        ]
+
+    def _first(self, part: _Part, record: bool, may_keep: bool) -> Sequence[Tensor]:
+        if record:
+            part.random_state = RandomState(self._devices)
+        tokens = part.mini_batch.tokens
+        counts = not part.keep and may_keep and self._budget.fits(tokens)
+        if not (record and (part.keep or counts)):
+            with torch.no_grad():
+                return self._embed(part.mini_batch, True)
+        with torch.enable_grad(), self._budget.counting() if counts else nullcontext():
+            outputs = self._embed(part.mini_batch, True)
+        if part.keep or self._budget.keeps(tokens):
+            part.kept = outputs[0]
+        # Without its graph, which would otherwise stand until the next mini-batch is done.
+        return [output.detach() for output in outputs]
+
+    def _column(self, of_pools: Sequence[Sequence[Tensor]], output: int, position: int) -> Tensor:
+        number, pool = self._pool_of(position)
+        rows = of_pools[number][output]
+        index = pool.index(position)
+        return rows if index is None else rows[torch.from_numpy(index).to(rows.device)]
+
+    def _pool_of(self, position: int) -> tuple[int, Sliced | Pool]:
+        return next((number, pool) for number, pool in enumerate(self.pools) if position in pool.columns)
+
+    # -- the second pass -----------------------------------------------------------------------------------------------
+
+    def cache(self, gradients: Sequence[Tensor]) -> None:
+        """Keep the gradients of the columns, as those of the rows of the pools."""
+        self._gradients = []
+        for pool in self.pools:
+            first, *others = pool.columns
+            if not others and pool.index(first) is None:
+                self._gradients.append(gradients[first])
+                continue
+            rows = gradients[first].new_zeros(pool.rows, *gradients[first].shape[1:])
+            for position in pool.columns:
+                rows.index_add_(0, torch.from_numpy(pool.index(position)).to(rows.device), gradients[position])
+            self._gradients.append(rows)
+
+    def replay(self, grad_output: Tensor) -> None:
+        """Back-propagate the cache, times ``grad_output`` (), into the parameters of the encoders."""
+        if self._versions_now() != self._versions:
+            # Kept graphs would mix these parameters with activations of the old, and as their saved tensors went
+            # through a hook, torch does not notice.
+            for encoder in self.encoders:
+                for part in encoder.parts:
+                    part.kept = None
+        with torch.enable_grad(), self._surroundings.restored(), self._progress("Backward", True) as progress:
+            for encoder in self.encoders:
+                last = encoder.last_parts()
+                trained = None
+                if encoder.sync.to_learn:
+                    # Of mini-batches that accumulate before it DistributedDataParallel would learn another graph.
+                    with encoder.sync.learning():
+                        self._back_together(last, torch.zeros_like(grad_output))
+                with encoder.sync.accumulating():
+                    # Kept graphs first, which makes room.
+                    for part in sorted(encoder.parts, key=lambda part: part.kept is None):
+                        if part not in last and self._back_together([part], grad_output):
+                            trained = part
+                        progress.update(0 if part in last else part.mini_batch.tokens)
+                summed = self._back_together(last, grad_output)
+                progress.update(sum(part.mini_batch.tokens for part in last))
+                if encoder.sync.due and not summed and trained is not None:
+                    # A frozen end sums nothing: embed for its sake what is trained, with a gradient of zero.
+                    self._back_together([trained], torch.zeros_like(grad_output))
+
+    def _versions_now(self) -> list[int]:
+        """Counters of the changes in place of every parameter that is trained."""
+        return [p._version for encoder in self.encoders for p in encoder.module.parameters() if p.requires_grad]
+
+    def _back_together(self, parts: Sequence[_Part], grad_output: Tensor) -> bool:
+        """Embed parts once more and back-propagate all in one; False if none of them is trained."""
+        embedded = [(part, self._second(part)) for part in parts]
+        trained = [(part, embeddings) for part, embeddings in embedded if embeddings.requires_grad]
+        if trained:
+            torch.autograd.backward(
+                [embeddings for _, embeddings in trained],
+                [self._gradient(part, embeddings, grad_output) for part, embeddings in trained],
+            )
+        return bool(trained)
+
+    def _second(self, part: _Part) -> Tensor:
+        if part.kept is not None:
+            kept, part.kept = part.kept, None
+            return kept
+        with self._surroundings.autocasting(), part.random_state.restored():
+            return self._embed(part.mini_batch, False)[0]
+
+    def _gradient(self, part: _Part, embeddings: Tensor, grad_output: Tensor) -> Tensor:
+        if not part.counts:
+            return torch.zeros_like(embeddings)
+        rows = self._gradients[part.pool]
+        rows = rows[torch.from_numpy(part.mini_batch.rows).to(rows.device)]
+        return (rows * grad_output.to(rows.device)).to(embeddings.dtype)
+
+    @contextmanager
+    def _progress(self, what: str, record: bool) -> Iterator[Any]:
+        """A bar over the tokens of one pass; the two of a step are numbered."""
+        passes = f" {1 if what == 'Embed' else 2}/2" if record else ""
+        total = sum(part.mini_batch.tokens for encoder in self.encoders for part in encoder.parts)
+        with tqdm(
+            desc=f"{what} mini-batches{passes}",
+            total=total,
+            unit=" tokens",
+            unit_scale=True,
+            disable=not self._show,
+        ) as bar:
+            yield bar
+
+
+def _has_active_dropout(encoder: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+        for module in encoder.modules()
+    )
+
+
+def _tensors(column: Column) -> list[Tensor]:
+    values = [column] if isinstance(column, Tensor) else column.values()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _put(rows_of_pool: list[Tensor], outputs: Sequence[Tensor], mini_batch: MiniBatch) -> None:
+    """Store what was found out about a mini-batch in the rows of its pool."""
+    for number, output in enumerate(outputs):
+        rows = mini_batch.rows
+        if output.ndim < 2 or len(output) != len(rows):
+            raise ValueError(
+                f"an encoder must return [{len(rows)}, dimension] for {len(rows)} rows, got {list(output.shape)}."
+            )
+        if number == len(rows_of_pool):
+            rows_of_pool.append(output.new_empty(mini_batch.pool.rows, *output.shape[1:]))
+        with torch.no_grad():
+            rows_of_pool[number][torch.from_numpy(rows).to(output.device)] = output.detach()
