@@ -28,7 +28,15 @@ from tqdm import tqdm
 
 from sbert_kernels import demo
 from sbert_kernels.benchmarks import harness
-from sbert_kernels.benchmarks.peers import OURS, STOCK
+from sbert_kernels.benchmarks.peers import (
+    OURS,
+    PARITY_LIMIT,
+    STOCK,
+    features_of,
+    gradient_difference,
+    loss_and_gradients,
+    make_step,
+)
 from sbert_kernels.benchmarks.training import QUICK_DIM, QUICK_PACKAGES, mixed_rows, read_pairs
 from sbert_kernels.demo.options import STATIC_DIM, DemoError
 
@@ -42,11 +50,6 @@ SIDES = {"stock": STOCK, "ours": OURS}
 STOCK_TERMS = ("CoSENTLoss", "MultipleNegativesRankingLoss", "AnglELoss")
 # What stock's three losses compute: every pair is a positive one, and equal texts are not looked for.
 OPTIONS = {"positive_threshold": None, "duplicates": "keep"}
-# Rounding differs by parts in a hundred thousand; what is wrong in a loss shows in percents.
-PARITY_LIMIT = 1e-3
-# The bias of attention's keys cancels in its softmax: all its gradient is rounding, and is compared on the scale of the
-# whole gradient's instead of its own. The share is that of float32's roundings where they add up, sqrt(2^-24).
-LEAST_SHARE = 2**-12
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,16 @@ def _run_case(name: str, case: Case, pairs: Sequence[Pair], repeats: int, say: C
     say(f"{name}: parity")
     model = build_model(case)
     batch = make_batch(model, pairs)
+    steps = {side: make_step(model, make_losses(model, library), *batch) for side, library in SIDES.items()}
     model.eval()
-    loss, gradients = zip(*(_loss_and_gradients(model, library, *batch) for library in SIDES.values()), strict=True)
+    loss, gradients = zip(*(loss_and_gradients(model, step) for step in steps.values()), strict=True)
     row["loss difference"] = (abs(loss[1] - loss[0]) / abs(loss[0])).item()
-    row["gradient difference"] = error = _largest_difference(*gradients)
+    row["gradient difference"] = error = gradient_difference(*gradients)
     if not max(error, row["loss difference"]) <= PARITY_LIMIT:  # nan is no parity either
         return row | {"note": f"not timed: the sides differ by more than {PARITY_LIMIT:.2g}"}
     del gradients
     say(f"{name}: time")
     model.train()
-    steps = {side: make_step(model, library, *batch) for side, library in SIDES.items()}
     timings = harness.measure(steps, repeats=repeats)
     for side, timing in timings.items():
         row[f"{side} ms"] = timing.error or timing.median_s * 1e3
@@ -137,8 +140,7 @@ def build_model(case: Case) -> SentenceTransformer:
 
 def make_batch(model: SentenceTransformer, pairs: Sequence[Pair]) -> tuple[list[dict[str, Tensor]], Tensor]:
     """The features of both columns, and labels [N] in [0, 1]."""
-    features = [model.preprocess(list(column)) for column in zip(*pairs, strict=True)]
-    return features, torch.rand(len(pairs), generator=torch.Generator().manual_seed(0))
+    return features_of(model, pairs), torch.rand(len(pairs), generator=torch.Generator().manual_seed(0))
 
 
 def make_losses(model: SentenceTransformer, library: str) -> list[nn.Module]:
@@ -149,48 +151,14 @@ def make_losses(model: SentenceTransformer, library: str) -> list[nn.Module]:
     return [getattr(losses, name)(model) for name in STOCK_TERMS]
 
 
-def make_step(
-    model: SentenceTransformer, library: str, features: list[dict[str, Tensor]], labels: Tensor
-) -> Callable[[], Tensor]:
-    """A call that runs forward and backward, leaves the gradients in the model and returns the detached loss."""
-    losses = make_losses(model, library)
-
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        columns = [dict(column) for column in features]  # models write their outputs into them
-        terms = [loss(columns, labels) for loss in losses]
-        total = sum(sum(term.values()) if isinstance(term, dict) else term for term in terms)  # as the Trainer adds
-        total.backward()
-        return total.detach()
-
-    return step
-
-
 def prepare(library: str, case: Case, pairs: Sequence[Pair]) -> Callable[[], float]:
     """For `run_in_process`: imports, the model, a warm-up on a tiny batch; what it returns is metered."""
     model = build_model(case).train()
-    make_step(model, library, *make_batch(model, pairs[:8]))()
+    losses = make_losses(model, library)
+    make_step(model, losses, *make_batch(model, pairs[:8]))()
     model.zero_grad(set_to_none=True)  # the gradients count
-    step = make_step(model, library, *make_batch(model, pairs))
+    step = make_step(model, losses, *make_batch(model, pairs))
     return lambda: step().item()
-
-
-# -- what is measured -------------------------------------------------------------------------------------------------
-
-
-def _loss_and_gradients(
-    model: SentenceTransformer, library: str, features: list[dict[str, Tensor]], labels: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    value = make_step(model, library, features, labels)()
-    # A parameter of which the embeddings do not depend (a pooler's) has none, on either side.
-    return value, [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-
-def _largest_difference(stock: list[Tensor], ours: list[Tensor]) -> float:
-    """The largest of a parameter's gradient: |ours - stock| / |stock|, see `LEAST_SHARE`; nan if any is."""
-    norms = torch.stack([gradient.norm() for gradient in stock])
-    differences = torch.stack([(x - y).norm() for x, y in zip(ours, stock, strict=True)])
-    return (differences / norms.clamp_min(LEAST_SHARE * norms.norm())).max().item()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
-"""What the benchmarks of losses share: the two libraries, a model without an encoder, the compiled peer, the error."""
+"""What the benchmarks of losses share: the two libraries, a model without an encoder, steps of one with, the errors."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 STOCK = "sentence_transformers.sentence_transformer.losses"
 OURS = "sbert_kernels.losses"
+# Of a model's loss and gradients in float32: rounding differs by parts in a hundred thousand; what is wrong in a loss
+# shows in percents.
+PARITY_LIMIT = 1e-3
+# The bias of attention's keys cancels in its softmax: all its gradient is rounding, and is compared on the scale of the
+# whole gradient's instead of its own. The share is that of float32's roundings where they add up, sqrt(2^-24).
+LEAST_SHARE = 2**-12
 
 
 class Embedded(nn.Sequential):
@@ -49,3 +58,47 @@ def compiled(
 def largest_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """The largest |x - reference| / |reference| in the Euclidean norm; nan if any is."""
     return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, reference, strict=True)]).max().item()
+
+
+# -- steps of a model with an encoder ---------------------------------------------------------------------------------
+
+
+def features_of(model: SentenceTransformer, rows: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
+    """The tokenized columns of rows of texts, each padded to its longest."""
+    return [model.preprocess(list(column)) for column in zip(*rows, strict=True)]
+
+
+def make_step(
+    model: SentenceTransformer,
+    losses: Sequence[nn.Module],
+    features: Sequence[dict[str, Tensor]],
+    labels: Tensor | None = None,
+) -> Callable[[], Tensor]:
+    """A call that runs forward and backward of the sum of the losses, from gradients that are None.
+
+    It leaves the gradients in the model and returns the detached loss.
+    """
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        columns = [dict(column) for column in features]  # models write their outputs into them
+        terms = [loss(columns, labels) for loss in losses]
+        total = sum(sum(term.values()) if isinstance(term, dict) else term for term in terms)  # as the Trainer adds
+        total.backward()
+        return total.detach()
+
+    return step
+
+
+def loss_and_gradients(model: SentenceTransformer, step: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What a step of the model returns and leaves behind."""
+    value = step()
+    # A parameter of which the embeddings do not depend (a pooler's) has none, on either side.
+    return value, [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def gradient_difference(stock: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
+    """The largest of a parameter's gradient: |ours - stock| / |stock|, see `LEAST_SHARE`; nan if any is."""
+    norms = torch.stack([gradient.norm() for gradient in stock])
+    differences = torch.stack([(x - y).norm() for x, y in zip(ours, stock, strict=True)])
+    return (differences / norms.clamp_min(LEAST_SHARE * norms.norm())).max().item()

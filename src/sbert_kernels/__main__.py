@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.set_defaults(run=demo.run)
 
     bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
-    metavar = "contrastive | ranking | objective | accuracy | training"
+    metavar = "contrastive | ranking | objective | accuracy | training | gradcache"
     subjects = bench.add_subparsers(dest="subject", required=True, metavar=metavar)
-    from .benchmarks import accuracy, contrastive, objective, ranking, training
+    from .benchmarks import accuracy, contrastive, gradcache, objective, ranking, training
 
     for module, text in (
         (contrastive, "the in-batch-negatives losses, from embeddings to gradients"),
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (objective, "AnglE's whole objective on a model, against the sum of three stock losses"),
         (accuracy, "errors of the contrastive loss and its gradients in every number format"),
         (training, "whole training steps of a static-embedding model, and what they are made of"),
+        (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
     ):
         subject = subjects.add_parser(module.__name__.rpartition(".")[2], help=text)
         module.add_arguments(subject)

@@ -21,10 +21,10 @@ def number_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`run_in_process` in this one, with 3 MiB as its peak."""
+    """`run_in_process` in this one, with 3 MiB as its peak and 2 s as its time."""
 
     def run_here(target: Callable[..., Callable[[], Any]], *args: object) -> harness.ProcessResult:
         target, args = pickle.loads(pickle.dumps((target, args)))
-        return harness.ProcessResult(target(*args)(), peak_extra_bytes=3 * 2**20)
+        return harness.ProcessResult(target(*args)(), peak_extra_bytes=3 * 2**20, seconds=2.0)
 
     monkeypatch.setattr(harness, "run_in_process", run_here)

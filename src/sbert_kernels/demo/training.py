@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from sbert_kernels.benchmarks.harness import run_in_process
 from sbert_kernels.benchmarks.steps import Recording, StepRecorder, difference, median_step, whole
 from sbert_kernels.demo.data import Row
-from sbert_kernels.demo.models import build_model
+from sbert_kernels.demo.models import build_model, without_dropout
 from sbert_kernels.demo.objectives import SIDES, objective_of
 from sbert_kernels.demo.options import Options
 
@@ -83,10 +83,8 @@ def workers_for(side: Side) -> int:
 
 def _comparison(name: str, options: Options, rows: list[Row]) -> Callable[[], Recording]:
     quiet_libraries()
-    model = build_model(options)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the sides may encode a batch more or less often, and would draw other masks
+    # The sides may encode a batch more or less often, and would draw other masks.
+    model = without_dropout(build_model(options))
     loss = objective_of(options).loss(model, name)
     return prepare(model, loss, rows, demo_settings(options, options.compare_steps), name)
 
