@@ -209,7 +209,7 @@ class _Step:
                 self._progress("Embed", record) as progress,
             ):
                 for encoder in self.encoders:
-                    may_be_kept = encoder.may_be_kept()
+                    may_be_kept = set(encoder.may_be_kept())
                     pool = None
                     with encoder.sync.accumulating():
                         for part in encoder.parts:

@@ -84,7 +84,7 @@ class _Sharded:
     def __init__(self, module: Any) -> None:
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # before torch 2.12: one a module, or none
+        if groups is None:  # of an older torch: one a module, or none
             groups = [state._fsdp_param_group]
         self._groups = [group for group in groups if group is not None]
 
