@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from sbert_kernels import settings
+import pytest
+import torch
+
+from sbert_kernels import contrastive_loss, settings
+from sbert_kernels.backends.cpu.contrastive import choose_products
 
 
 def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,16 +26,68 @@ def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SBERT_KERNELS_DISABLE", "maybe", "disable", "1 or 0"),
         ("SBERT_KERNELS_BLOCK_BYTES", "64MiB", "block_bytes", "a positive integer, a number of bytes"),
         ("SBERT_KERNELS_BLOCK_BYTES", "0", "block_bytes", "a positive integer, a number of bytes"),
+        ("SBERT_KERNELS_STRATEGY", "untiled", "strategy", "one of ['tiled', 'chunked']"),
+        (
+            "SBERT_KERNELS_PRODUCTS",
+            "tf16",
+            "products",
+            f"one of {list(settings.PRODUCTS)}",
+        ),
     ],
 )
 def test_unreadable_values_are_named(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, wanted: str
 ) -> None:
     monkeypatch.setenv(variable, text)
-    with pytest.raises(ValueError, match=f"{variable}='{text}' cannot be read: expected {wanted}"):
+    with pytest.raises(ValueError, match=re.escape(f"{variable}='{text}' cannot be read: expected {wanted}")):
         settings.get(name)
 
 
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown setting"), settings.override(dissable=True):
         pass
+
+
+@pytest.mark.parametrize(
+    ("variable", "name", "values"),
+    [
+        ("SBERT_KERNELS_STRATEGY", "strategy", settings.STRATEGIES),
+        ("SBERT_KERNELS_PRODUCTS", "products", settings.PRODUCTS),
+    ],
+)
+def test_choices_are_read_in_any_case_and_unset_or_empty_leave_them_open(
+    monkeypatch: pytest.MonkeyPatch, variable: str, name: str, values: tuple[str, ...]
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    assert settings.get(name) is None
+    monkeypatch.setenv(variable, "")
+    assert settings.get(name) is None
+    for value in values:
+        monkeypatch.setenv(variable, f" {value.upper()} ")
+        assert settings.get(name) == value
+
+
+def test_the_usual_number_of_bytes_is_the_callers_until_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBERT_KERNELS_BLOCK_BYTES", raising=False)
+    assert settings.block_bytes() == 64 * settings.MIB
+    assert settings.block_bytes(512 * settings.MIB) == 512 * settings.MIB
+    monkeypatch.setenv("SBERT_KERNELS_BLOCK_BYTES", "1000")
+    assert settings.block_bytes() == settings.block_bytes(512 * settings.MIB) == 1000
+    with settings.override(block_bytes=None):
+        assert settings.block_bytes(7) == 7
+
+
+@pytest.mark.parametrize("products", ["tf32", "tf32x3"])
+def test_the_cpu_kernels_refuse_products_of_gpus(products: str) -> None:
+    refused = pytest.raises(ValueError, match=f"SBERT_KERNELS_PRODUCTS='{products}' is for GPUs; the cpu backend has")
+    with settings.override(products=products), refused:
+        choose_products({torch.float32})
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_loss_on_the_cpu_says_which_setting_stopped_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "tf32")
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='tf32' is for GPUs"):
+        contrastive_loss(x, x, backend="cpu")
+    assert contrastive_loss(x, x, backend="blockwise").isfinite()

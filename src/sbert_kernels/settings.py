@@ -39,14 +39,18 @@ def _parse_name(text: str) -> str | None:
     return text.strip() or None
 
 
-PRODUCTS = ("float32", "bfloat16x3", "bfloat16")
+PRODUCTS = ("float32", "tf32", "tf32x3", "bfloat16x3", "bfloat16")
+STRATEGIES = ("tiled", "chunked")
 
 
-def _parse_products(text: str) -> str | None:
-    name = text.strip().lower()
-    if name and name not in PRODUCTS:
-        raise ValueError(f"one of {list(PRODUCTS)}")
-    return name or None
+def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str | None]:
+    def parse(text: str) -> str | None:
+        name = text.strip().lower()
+        if name and name not in allowed:
+            raise ValueError(f"one of {list(allowed)}")
+        return name or None
+
+    return parse
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ VARIABLES: dict[str, Variable] = {
     ),
     "block_bytes": Variable(
         "SBERT_KERNELS_BLOCK_BYTES",
-        64 * MIB,
+        None,
         _parse_bytes,
-        "Most bytes held of the similarity matrices at a time (64 MiB; less is taken where more gains nothing).",
+        "Most bytes held of the similarity matrices at a time; unset is 64 MiB, or 512 MiB for the Triton kernels "
+        "(less is taken where more gains nothing).",
     ),
     "compile": Variable(
         "SBERT_KERNELS_COMPILE", True, _parse_flag, "0 forbids compiling the CPU kernels on first use."
@@ -84,9 +89,21 @@ VARIABLES: dict[str, Variable] = {
     "products": Variable(
         "SBERT_KERNELS_PRODUCTS",
         None,
-        _parse_products,
-        "How the cpu backend multiplies: float32, bfloat16x3 or bfloat16; unset follows the embeddings' type and "
-        "torch.set_float32_matmul_precision().",
+        _one_of(PRODUCTS),
+        "How float32 embeddings are multiplied: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; unset "
+        "follows the embeddings' type and torch.set_float32_matmul_precision().",
+    ),
+    "strategy": Variable(
+        "SBERT_KERNELS_STRATEGY",
+        None,
+        _one_of(STRATEGIES),
+        "How the Triton kernels compute in-batch losses: tiled or chunked; unset takes what should be faster.",
+    ),
+    "autotune": Variable(
+        "SBERT_KERNELS_AUTOTUNE",
+        False,
+        _parse_flag,
+        "1 times the strategies and tile sizes of the Triton kernels at the first call of each kind and size.",
     ),
 }
 
@@ -110,6 +127,12 @@ def get(name: str) -> Any:
         return variable.parse(text)
     except ValueError as wanted:
         raise ValueError(f"{variable.environment}={text!r} cannot be read: expected {wanted}.") from None
+
+
+def block_bytes(usual: int = 64 * MIB) -> int:
+    """Most bytes of the similarity matrices to hold at a time: what is set, else what is usual for the caller."""
+    value = get("block_bytes")
+    return usual if value is None else value
 
 
 @contextmanager

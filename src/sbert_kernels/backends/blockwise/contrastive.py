@@ -204,7 +204,7 @@ class _Pass:
             row_bytes += widest * (element + 1)
         if self.problem.duplicates != "keep":  # a mask for each term, and what one mask selects
             row_bytes += every + widest * element
-        budget = settings.get("block_bytes") // row_bytes
+        budget = settings.block_bytes() // row_bytes
         return max(1, min(n, budget, max(MIN_BLOCK_ROWS, TARGET_BLOCK_BYTES // row_bytes)))
 
     def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:

@@ -59,7 +59,7 @@ def pairwise_gradients(
 def _blocks(problem: PairwiseProblem) -> Iterator[tuple[int, slice]]:
     """(column, rows) of each block."""
     rows, dimension = problem.x.shape
-    step = TARGET_BLOCK_BYTES if problem.device.type == "cpu" else settings.get("block_bytes")
+    step = TARGET_BLOCK_BYTES if problem.device.type == "cpu" else settings.block_bytes()
     step = max(1, step // (dimension * problem.dtype.itemsize))
     for column in range(len(problem.columns)):
         for begin in range(0, rows, step):

@@ -99,10 +99,12 @@ def choose_products(dtypes: set[torch.dtype]) -> Products:
     """The products for operands of these types, by torch's precision knob and the machine's instructions.
 
     Raises:
-        ValueError: SBERT_KERNELS_PRODUCTS asks for products that the machine has no instructions for.
+        ValueError: SBERT_KERNELS_PRODUCTS asks for products of GPUs, or that the machine has no instructions for.
     """
     asked_for = settings.get("products")
     if asked_for is not None:
+        if asked_for not in ("float32", "bfloat16x3", "bfloat16"):
+            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} is for GPUs; the cpu backend has no such products.")
         if asked_for != "float32" and not _has_bfloat16():
             raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} needs a machine with AVX512-bf16 or AMX.")
         return Products[asked_for.upper()]
@@ -164,7 +166,7 @@ def _ids(problem: ContrastiveProblem, ids: Tensor | None) -> Tensor | None:
 def _block_bytes(problem: ContrastiveProblem) -> int:
     row_bytes = 4 * len(problem.dims) * sum(term.columns for term in problem.terms())
     wanted = max(TARGET_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, MIN_BLOCK_ROWS * row_bytes))
-    return min(settings.get("block_bytes"), wanted)
+    return min(settings.block_bytes(), wanted)
 
 
 def _described(problem: ContrastiveProblem) -> list[int]:
