@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentence_transformers
 import torch
+
+if not torch.cuda.is_available():
+    # Has to be known before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import sentence_transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -94,6 +101,17 @@ def bert(bert_path: Path) -> Callable[..., Any]:
         return SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").to(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> None:
+    """Triton's interpreter runs the kernels of this process, on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from sbert_kernels.backends.triton.launching import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("this process compiles its kernels for a GPU; TRITON_INTERPRET=1 interprets them")
 
 
 @pytest.fixture

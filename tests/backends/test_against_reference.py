@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -26,16 +27,32 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@st.composite
-def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) -> dict[str, Any]:
-    """Arguments of contrastive_loss over its whole option space, in fp64, of values that every narrower type holds."""
-    similarity = draw(st.sampled_from(["cos", "dot"]))
-    narrowest = narrowest_cosine if similarity == "cos" else 1
-    n, dim, columns = draw(st.integers(1, rows)), draw(st.integers(narrowest, width)), draw(st.integers(1, 4))
-    guided, gathered = draw(st.booleans()), draw(st.booleans())
-    offset, beyond = (draw(st.integers(0, rows // 4)), draw(st.integers(0, rows // 4))) if gathered else (0, 0)
+@pytest.fixture(params=["blockwise", "cpu", "triton"])
+def every_backend(request: pytest.FixtureRequest) -> str:
+    if request.param != "blockwise":
+        request.getfixturevalue({"cpu": "compiled", "triton": "interpreted"}[request.param])
+    return request.param
+
+
+def problem_of(
+    n: int,
+    dim: int,
+    columns: int,
+    seed: int,
+    *,
+    offset: int,
+    beyond: int,
+    guided: bool,
+    gathered: bool,
+    weighted: bool,
+    **options: Any,
+) -> dict[str, Any]:
+    """Arguments of contrastive_loss, in fp64, of values that every narrower type holds.
+
+    The rows are those from ``offset`` on of a batch that has so many, and ``beyond``, from other ranks.
+    """
     world = offset + n + beyond
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    generator = torch.Generator().manual_seed(seed)
 
     def vectors(rows: int, width: int = dim) -> torch.Tensor:
         return torch.randn(rows, width, generator=generator).bfloat16().double()
@@ -43,55 +60,89 @@ def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) 
     def ids(rows: int) -> torch.Tensor:
         return torch.randint(0, 1 + n // 2, (rows,), generator=generator)
 
-    partition = draw(st.sampled_from(["joint", "per_direction"]))
-    extra = draw(st.sets(st.sampled_from(DIRECTIONS if partition == "joint" else DIRECTIONS[1:2])))
     everyone = vectors(world) if gathered and not guided else None
-    # Dot products grow with the square root of the dimension.
-    scale = draw(st.sampled_from([0.5, 19.9, 40.1, 150.0])) / (1 if similarity == "cos" else math.sqrt(dim))
     problem = {
         "queries": vectors(n),
         "documents": [vectors(world) for _ in range(columns)],
         "all_queries": everyone,
         "row_offset": offset,
-        "scale": torch.tensor(scale, dtype=torch.float64) if draw(st.booleans()) else scale,
+        "weights": 0.1 + torch.rand(n, dtype=torch.float64, generator=generator) if weighted else None,
+        "query_ids": ids(n if everyone is None else world),
+        "document_ids": ids(world * columns),
+        **options,
+    }
+    if guided:
+        problem["guide_queries"] = vectors(n, 4)
+        problem["guide_documents"] = [vectors(world, 4) for _ in range(columns)]
+    return problem
+
+
+def scale_of(largest_logit: float, similarity: str, dim: int, learnable: bool) -> float | torch.Tensor:
+    # Dot products grow with the square root of the dimension.
+    scale = largest_logit / (1 if similarity == "cos" else math.sqrt(dim))
+    return torch.tensor(scale, dtype=torch.float64) if learnable else scale
+
+
+@st.composite
+def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) -> dict[str, Any]:
+    """Arguments of contrastive_loss over its whole option space."""
+    similarity = draw(st.sampled_from(["cos", "dot"]))
+    narrowest = narrowest_cosine if similarity == "cos" else 1
+    n, dim, columns = draw(st.integers(1, rows)), draw(st.integers(narrowest, width)), draw(st.integers(1, 4))
+    guided, gathered = draw(st.booleans()), draw(st.booleans())
+    partition = draw(st.sampled_from(["joint", "per_direction"]))
+    extra = draw(st.sets(st.sampled_from(DIRECTIONS if partition == "joint" else DIRECTIONS[1:2])))
+    options: dict[str, Any] = {
+        "scale": scale_of(draw(st.sampled_from([0.5, 19.9, 40.1, 150.0])), similarity, dim, draw(st.booleans())),
         "similarity": similarity,
         "directions": ("query_to_doc", *sorted(extra)),
         "partition_mode": partition,
         "hardness_mode": draw(st.sampled_from([None, "in_batch_negatives", "hard_negatives", "all_negatives"])),
         "hardness_strength": draw(st.sampled_from([0.0, 3.0])),
-        "weights": torch.rand(n, dtype=torch.float64, generator=generator) if draw(st.booleans()) else None,
         "duplicates": draw(st.sampled_from(["keep", "mask", "positive"])),
-        "query_ids": ids(n if everyone is None else world),
-        "document_ids": ids(world * columns),
     }
     if draw(st.booleans()):
         widths = st.integers(narrowest, dim)
         prefixes = draw(st.dictionaries(widths, st.sampled_from([1.0, 0.3, -2.0, 0.0]), min_size=1, max_size=8))
-        problem |= {"matryoshka_dims": list(prefixes), "matryoshka_weights": list(prefixes.values())}
+        options |= {"matryoshka_dims": list(prefixes), "matryoshka_weights": list(prefixes.values())}
     if guided:
-        problem |= {
-            "guide_queries": vectors(n, 4),
-            "guide_documents": [vectors(world, 4) for _ in range(columns)],
-            "margin_strategy": draw(st.sampled_from(["absolute", "relative"])),
-            "margin": draw(st.sampled_from([0.0, 0.2, -0.5])),
-        }
-    return problem
+        options["margin_strategy"] = draw(st.sampled_from(["absolute", "relative"]))
+        options["margin"] = draw(st.sampled_from([0.0, 0.2, -0.5]))
+    return problem_of(
+        n,
+        dim,
+        columns,
+        draw(st.integers(0, 2**32)),
+        offset=draw(st.integers(0, rows // 4)) if gathered else 0,
+        beyond=draw(st.integers(0, rows // 4)) if gathered else 0,
+        guided=guided,
+        gathered=gathered,
+        weighted=draw(st.booleans()),
+        **options,
+    )
 
 
 def loss_and_gradients(backend: str, problem: dict[str, Any], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """In fp64, computed in ``dtype``."""
 
-    def leaf(value: Any) -> Any:
+    def leaf(value: Any, kind: torch.dtype | None = dtype) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(dtype or value.dtype).detach().clone().requires_grad_()
+        return value.to(kind or value.dtype).detach().clone().requires_grad_()
+
+    # Parameters and weights are wider than embeddings of half precision.
+    wide = dtype if dtype is None or dtype.itemsize > 2 else torch.float32
 
     guide = {"guide_queries": None, "guide_documents": None} | {k: v for k, v in problem.items() if "guide" in k}
     if guide["guide_queries"] is not None and dtype is not None:
         # Exclusions are decisions: every type has to take them from the same numbers.
         guide["guide_queries"] = guide["guide_queries"].float()
         guide["guide_documents"] = [column.float() for column in guide["guide_documents"]]
-    problem = {k: v if "ids" in k else leaf(v) for k, v in problem.items() if "guide" not in k}
+    problem = {
+        k: v if "ids" in k else leaf(v, wide) if k in ("scale", "weights") else leaf(v)
+        for k, v in problem.items()
+        if "guide" not in k
+    }
     documents = [leaf(column) for column in problem.pop("documents")]
     queries = problem.pop("queries")
     loss = contrastive_loss(queries, documents, backend=backend, **problem, **guide)
@@ -140,19 +191,94 @@ def test_cpu_equals_the_reference(
         pytest.skip("this machine has no bfloat16 products")
     with library.override(block_bytes=block_bytes, products=kind.name.lower()):
         ours = loss_and_gradients("cpu", problem, dtype)
+    # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.
+    check_errors(ours, problem, UNIT[kind], logits_are_rounded=kind != Products.BFLOAT16)
+
+
+def check_errors(ours: list[torch.Tensor], problem: dict[str, Any], unit: float, logits_are_rounded: bool) -> None:
+    """Errors of at most twice those of eager float32, and some roundings of the products' own."""
     eager = loss_and_gradients("reference", problem, torch.float32)
     exact = loss_and_gradients("reference", problem)
     largest_logit = float(problem["scale"]) + problem["hardness_strength"]
     if problem["similarity"] == "dot":
         largest_logit *= math.sqrt(problem["queries"].shape[1]) * 4
-    # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.
-    largest_logit = max(1.0, largest_logit) if kind != Products.BFLOAT16 else 1.0
+    largest_logit = max(1.0, largest_logit) if logits_are_rounded else 1.0
     total = sum(map(abs, problem.get("matryoshka_weights", [1.0])))
     for value, other, wanted in zip(ours, eager, exact, strict=True):
         # Of a gradient that nearly cancels, what cancelled sets the rounding: it is of the size of the loss.
         size = max(wanted.norm().item(), 1e-2 * total)
-        limit = 2 * (other - wanted).norm().item() + 8 * UNIT[kind] * largest_logit * size
+        limit = 2 * (other - wanted).norm().item() + 8 * unit * largest_logit * size
         assert (value - wanted).norm().item() <= limit
+
+
+# Type of the embeddings, type that float32 is multiplied in, and a rounding of the products' operands in it.
+TRITON_KINDS = {
+    "float32": (torch.float32, "float32", 2.0**-24),
+    "bfloat16 of float32": (torch.float32, "bfloat16", 2.0**-8),
+    "bfloat16": (torch.bfloat16, None, 2.0**-8),
+    "float16": (torch.float16, None, 2.0**-11),
+}
+
+
+def check_triton(problem: dict[str, Any], kind: str, strategy: str) -> None:
+    dtype, products, unit = TRITON_KINDS[kind]
+    with library.override(strategy=strategy, products=products):
+        ours = loss_and_gradients("triton", problem, dtype)
+    # Unit vectors are rounded to float16.
+    check_errors(ours, problem, unit, logits_are_rounded=kind in ("float32", "float16"))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", TRITON_KINDS)
+@settings(max_examples=6, deadline=None, derandomize=True)  # limits on rounding errors have tails
+@given(problem=problems(rows=40, width=40, narrowest_cosine=8), strategy=st.sampled_from(library.STRATEGIES))
+def test_triton_equals_the_reference(kind: str, problem: dict[str, Any], strategy: str) -> None:
+    check_triton(problem, kind, strategy)
+
+
+MATRIX = {
+    "similarity": ("cos", "dot"),
+    "directions": (("query_to_doc",), ("query_to_doc", *DIRECTIONS), ("query_to_doc", "doc_to_query")),
+    "hardness_mode": (None, "in_batch_negatives", "hard_negatives", "all_negatives"),
+    "duplicates": ("keep", "mask", "positive"),
+    "guided": (False, True),
+    "matryoshka_dims": (None, (33, 16, 9)),
+    "logit": (19.9, 100.0),
+    "strategy": library.STRATEGIES,
+}
+
+
+@pytest.mark.interpreter_matrix
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("index", "choice"),
+    list(enumerate(itertools.product(*MATRIX.values()))),
+    ids=lambda value: "" if isinstance(value, int) else "-".join(map(str, value)),
+)
+def test_every_combination_of_triton_s_options(index: int, choice: tuple[Any, ...]) -> None:
+    """All of them by both strategies; number formats, learnable scales, row weights and gathered batches take turns."""
+    options = dict(zip(MATRIX, choice, strict=True))
+    strategy, dim = options.pop("strategy"), 33
+    options["scale"] = scale_of(options.pop("logit"), options["similarity"], dim, index // 2 % 7 < 2)
+    if options["matryoshka_dims"] is None:
+        del options["matryoshka_dims"]
+    else:
+        options["matryoshka_weights"] = (1.0, 0.3, -2.0)
+    gathered = index // 2 % 3 == 0
+    problem = problem_of(
+        37,
+        dim,
+        3,
+        index,
+        offset=5 if gathered else 0,
+        beyond=6 if gathered else 0,
+        gathered=gathered,
+        weighted=index // 2 % 5 == 0,
+        partition_mode="per_direction" if len(options["directions"]) == 2 else "joint",
+        hardness_strength=0.0 if options["hardness_mode"] is None else 3.0,
+        **options,
+    )
+    check_triton(problem, list(TRITON_KINDS)[index // 2 % len(TRITON_KINDS)], strategy)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -176,7 +302,7 @@ def test_every_prefix_at_once_equals_the_reference(options: dict[str, Any]) -> N
         assert (value - wanted).norm() <= 2 * (other - wanted).norm() + 2.0**-22 * wanted.norm()
 
 
-def test_prefixes_of_very_different_norms_keep_their_digits(backend: str) -> None:
+def test_prefixes_of_very_different_norms_keep_their_digits(every_backend: str) -> None:
     """Twice eager's error at most: an accumulator may carry one prefix's gradient in units of another's norms."""
     torch.manual_seed(0)
     sizes = torch.cat([torch.full((8,), 1e-3), torch.full((24,), 1e3)])
@@ -190,7 +316,7 @@ def test_prefixes_of_very_different_norms_keep_their_digits(backend: str) -> Non
     }
     ours, eager, exact = (
         loss_and_gradients(name, problem, dtype)[1:]
-        for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+        for name, dtype in ((every_backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64))
     )
     for tensors in zip(ours, eager, exact, strict=True):
         for value, other, wanted in zip(*(tensor.split(8, dim=1) for tensor in tensors), strict=True):
@@ -226,22 +352,22 @@ def test_more_entries_than_a_32_bit_index_counts(backend: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [30.0, 80.0])
-def test_tiny_losses_keep_their_digits(backend: str, scale: float) -> None:
+def test_tiny_losses_keep_their_digits(every_backend: str, scale: float) -> None:
     """loss = log(1 + x) and gradient = -x / (1 + x) for x = exp(-scale): eager fp32 gives 0 for both."""
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
-    loss = contrastive_loss(queries, queries.detach().clone(), scale=scale, backend=backend)
+    loss = contrastive_loss(queries, queries.detach().clone(), scale=scale, backend=every_backend)
     (gradient,) = torch.autograd.grad(loss, queries)
     assert loss.item() == pytest.approx(math.exp(-scale), rel=1e-4)
     assert gradient[0, 1].item() == pytest.approx(scale / 2 * math.exp(-scale), rel=1e-4)
 
 
-def test_an_infinite_logit_leaves_the_finite_ones_of_its_row_a_gradient(backend: str) -> None:
+def test_an_infinite_logit_leaves_the_finite_ones_of_its_row_a_gradient(every_backend: str) -> None:
     """Their share is zero, and what they pull is pulled by nothing: not by 0 x inf."""
     torch.manual_seed(0)
     queries, documents = torch.rand(6, 4, requires_grad=True), torch.rand(6, 4) + 30.0
     documents[5, 0] = math.inf
     documents.requires_grad_()
-    loss = contrastive_loss(queries, documents, scale=5.0, similarity="dot", backend=backend)
+    loss = contrastive_loss(queries, documents, scale=5.0, similarity="dot", backend=every_backend)
     (ours,) = torch.autograd.grad(loss, documents)
     logits = 5.0 * queries @ documents.T
     (exact,) = torch.autograd.grad((torch.logsumexp(logits, 1) - logits.diagonal()).mean(), documents)
@@ -249,22 +375,24 @@ def test_an_infinite_logit_leaves_the_finite_ones_of_its_row_a_gradient(backend:
     torch.testing.assert_close(ours[:5], exact[:5])
 
 
-def test_a_guided_row_below_eps(backend: str) -> None:
+def test_a_guided_row_below_eps(every_backend: str) -> None:
     """Guided, the least norm is that of torch's CosineSimilarity, 1e-8: a norm of 1e-10 is divided by it."""
     torch.manual_seed(0)
     queries, documents, guide = torch.randn(6, 4), torch.randn(6, 4), torch.randn(6, 3)
     queries[2] *= 1e-10
     options = {"guide_queries": guide, "guide_documents": guide, "margin": -2.0}  # excludes nothing
-    loss = contrastive_loss(queries, documents, backend=backend, **options)
+    loss = contrastive_loss(queries, documents, backend=every_backend, **options)
     logits = 20 * F.normalize(queries, eps=1e-8) @ F.normalize(documents).T
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(6)), rtol=1e-5, atol=0)
 
 
-def test_texts_that_are_all_equal_exclude_none(backend: str) -> None:
+def test_texts_that_are_all_equal_exclude_none(every_backend: str) -> None:
     """Copies of the positive tie with it in the guide's eyes, in whichever tile they lie."""
     n = 300
     generator = torch.Generator().manual_seed(0)
     queries, guide_queries = (torch.randn(n, 24, generator=generator) for _ in range(2))
     text, guide_text = (torch.randn(1, 24, generator=generator).expand(n, 24) for _ in range(2))
-    loss = contrastive_loss(queries, text, guide_queries=guide_queries, guide_documents=guide_text, backend=backend)
+    loss = contrastive_loss(
+        queries, text, guide_queries=guide_queries, guide_documents=guide_text, backend=every_backend
+    )
     assert loss.item() == pytest.approx(math.log(n), rel=1e-6)

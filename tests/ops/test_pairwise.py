@@ -14,7 +14,7 @@ from torch import Tensor
 from sbert_kernels import pairwise_similarity
 from sbert_kernels.backends import BACKENDS
 
-NAMES = [backend.name for backend in BACKENDS]
+NAMES = [backend.name for backend in BACKENDS if backend.device in (None, "cpu")]
 STOCK = {"cos": util.pairwise_cos_sim, "dot": util.pairwise_dot_score, "angle": util.pairwise_angle_sim}
 
 

@@ -18,7 +18,7 @@ from sbert_kernels.backends import BACKENDS
 from sbert_kernels.benchmarks import harness
 from sbert_kernels.settings import MIB
 
-NAMES = [backend.name for backend in BACKENDS]
+NAMES = [backend.name for backend in BACKENDS if backend.device in (None, "cpu")]
 INF, NAN = math.inf, math.nan
 LABELS = {
     "continuous": lambda n, g: torch.rand(n, generator=g, dtype=torch.float64),

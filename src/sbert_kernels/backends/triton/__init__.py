@@ -1,0 +1,65 @@
+"""The operations as Triton kernels: NVIDIA and AMD GPUs from one source, and Triton's interpreter for tests.
+
+This file works without Triton; the other modules import it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from functools import cache
+
+OLDEST_TRITON = (3, 4)
+OLDEST_CAPABILITY = (7, 5)
+AMD = ("gfx942",)
+# Names that it is installed by; torch for ROCm and for Windows comes with a build of its own.
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
+
+
+def obstacle(device: str, by_name: bool) -> str | None:
+    """Why the kernels cannot run on a device ("cuda:0"), or None.
+
+    ``by_name``: the backend was asked for, so that the interpreter (TRITON_INTERPRET=1) may serve tensors on the CPU.
+    """
+    version = installed_version()
+    if version is None:
+        return "Triton is not installed"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TRITON:
+        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        return _of_gpu(device, by_name)
+    if kind != "cpu":
+        return f"the inputs are on {device}"
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+        return None if by_name else "Triton's interpreter is for tests, and serves only when asked for by name"
+    import torch
+
+    where = "the inputs are on cpu" if torch.cuda.is_available() else "there is no GPU"
+    return f"{where} (TRITON_INTERPRET=1 and the backend's name run it on a CPU, slowly, for tests)"
+
+
+@cache
+def installed_version() -> str | None:
+    """Triton's version, without importing it; read once, because every call of an operation asks."""
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _of_gpu(device: str, by_name: bool) -> str | None:
+    import torch
+
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(torch.device(device)).gcnArchName.partition(":")[0]
+        return None if name in AMD or by_name else f"the GPU is {name}, and the kernels are made for {', '.join(AMD)}"
+    capability = torch.cuda.get_device_capability(torch.device(device))
+    if capability < OLDEST_CAPABILITY:
+        has, needed = (".".join(map(str, numbers)) for numbers in (capability, OLDEST_CAPABILITY))
+        return f"the GPU's compute capability is {has}, and {needed} is needed"
+    return None

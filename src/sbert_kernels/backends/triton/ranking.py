@@ -1,0 +1,308 @@
+"""The ranking operation: a sort, two running sums, and gradients; one launch for up to 8192 pairs.
+
+The formulas are those of `backends/blockwise/ranking.py`. Five phases, each of which needs all of the one before:
+
+    sort       the labels as integers that keep their order, the pair's index in their last bits, in one block
+    sums       of each chunk of sorted pairs: (maximum, sum of the exponentials below it) of z and of -z
+    scan       of the chunk, from what the chunks before (after) it add up to: u and v of each place
+    pull       z + u and v - z, read at the ends of the run of equal labels, which a search finds; their sum
+    finish     loss and gradients
+
+Up to 8192 pairs one block does them all, with barriers between them: launches would cost more than they bring there.
+Beyond, and for labels that are not float32, `torch.sort` sorts, and each phase is a launch with a block a chunk.
+
+z, maxima and sums are float64, exponentials of their differences float32: large scales need the former, and on most
+cards the latter are many times as fast. Sums of exponentials stay pairs of maximum and sum, so that no logarithm is
+taken but the loss's. Memory: 60 bytes a pair. Deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem.ranking import Needs, RankingProblem, RankingResult
+from .launching import Config, launch
+
+MOST_IN_ONE_LAUNCH = 8192
+# Pairs that a block has in registers at once, in one launch of many warps and in many blocks of few.
+CHUNK_OF_ONE, CHUNK_OF_MANY = 512, 512
+SORT, SUMS, SCAN, PULL, FINISH = range(5)
+
+
+@triton.jit
+def _exponential(x):
+    """exp of float64 numbers, to the digits of float32: 2^whole 2^fraction, the fraction found in float64."""
+    power = x * 1.4426950408889634
+    power = tl.where(power < -1000.0, -1000.0, tl.where(power > 1000.0, 1000.0, power))  # infinite ones, too
+    whole = tl.floor(power)
+    return (tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))).to(tl.float64)
+
+
+@triton.jit
+def _base(top):
+    """What to subtract from numbers of at most ``top``, so that infinite ones stay what they are."""
+    return tl.where(tl.abs(top) == float("inf"), 0.0, top)
+
+
+@triton.jit
+def _add(a_max, a_sum, b_max, b_sum):
+    """Two sums of exponentials as one; each is sum * exp(max)."""
+    top = tl.maximum(a_max, b_max)
+    base = _base(top)
+    return top, a_sum * _exponential(a_max - base) + b_sum * _exponential(b_max - base)
+
+
+@triton.jit
+def _sum(x, weight):
+    """The sum of weight exp(x) over a chunk, as (maximum, sum)."""
+    top = tl.max(x, 0)
+    return top, tl.sum(weight * _exponential(x - _base(top)), 0)
+
+
+@triton.jit
+def _sum_of_chunks(maxima, sums, begin, end, PARTS: tl.constexpr):
+    """That of the chunks begin .. end."""
+    top, total = tl.full((), -float("inf"), tl.float64), tl.full((), 0.0, tl.float64)
+    for first in range(begin, end, PARTS):
+        chunk = first + tl.arange(0, PARTS)
+        found = tl.load(maxima + chunk, mask=chunk < end, other=-float("inf"))
+        part_top, part = _sum(found, tl.load(sums + chunk, mask=chunk < end, other=0.0))
+        top, total = _add(top, total, part_top, part)
+    return top, total
+
+
+@triton.jit
+def _sorted_pairs(scores, weights, order, place, inside):
+    """Pair, score, weight (of a pair that there is) at these places of the order: (CHUNK,) each."""
+    pair = tl.load(order + place, mask=inside, other=0)
+    score = tl.load(scores + pair, mask=inside, other=0.0).to(tl.float64)
+    weight = tl.where(inside, 1.0, 0.0).to(tl.float64)
+    if weights is not None:
+        weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float64)
+    return pair, score, weight
+
+
+@triton.jit
+def _count_below(labels, label, inside, n, steps, OR_EQUAL: tl.constexpr):
+    """How many of the n sorted labels are less than each label (OR_EQUAL: or equal to it)."""
+    low, high = tl.zeros_like(label).to(tl.int32), tl.zeros_like(label).to(tl.int32) + n
+    for _ in range(steps):
+        middle = (low + high) >> 1
+        found = tl.load(labels + middle, mask=inside & (low < high), other=0)
+        if OR_EQUAL:
+            below = found <= label
+        else:
+            below = found < label
+        open_ = low < high
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & ~below, middle, high)
+    return low
+
+
+@triton.jit
+def _sort(
+    labels,  # (n,) float32
+    n,
+    order,  # (n,) int64
+    sorted_labels,  # (n,)
+    BLOCK: tl.constexpr,
+):
+    INDEX_BITS: tl.constexpr = BLOCK.bit_length() - 1
+    place = tl.arange(0, BLOCK)
+    label = tl.load(labels + place, mask=place < n, other=0.0) + 0.0  # -0 is 0
+    bits = label.to(tl.int32, bitcast=True)
+    whole = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # integers in the order of the floats
+    key = tl.sort(tl.where(place < n, (whole << INDEX_BITS) + place, 0x7FFFFFFFFFFFFFFF))
+    tl.store(order + place, key & (BLOCK - 1), mask=place < n)
+    bits = (key >> INDEX_BITS).to(tl.int32)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    tl.store(sorted_labels + place, bits.to(tl.float32, bitcast=True), mask=place < n)
+
+
+@triton.jit(do_not_specialize=["n", "chunks", "steps"])
+def rank(
+    scores,  # (n,)
+    labels,  # (n,) float32, in the pairs' order; None: they are sorted already
+    weights,  # (n,), or None
+    scale,
+    scale_tensor,  # (), or None
+    n,
+    chunks,
+    steps,  # of a search among n
+    order,  # (n,) int64: the pair at each place
+    sorted_labels,  # (n,)
+    sums,  # (6, chunks) float64: maximum and sum of z, of -z, of z + u
+    up,  # (n,) float64, with up_sums the sum of exp(-z) from this place on: up_sums exp(up)
+    up_sums,  # (n,)
+    down,  # (n,) float64, with down_sums the same of exp(z) up to this place
+    down_sums,  # (n,)
+    pulls,  # (n,) float64, with pull_sums exp(z + u); None: no gradients
+    pull_sums,  # (n,)
+    pushes,  # (n,) float64, with push_sums exp(v - z)
+    push_sums,  # (n,)
+    loss,  # ()
+    score_gradient,  # (n,) or None
+    scale_gradient,  # (chunks,): parts of it; or None
+    weight_gradient,  # (n,) or None
+    FIRST: tl.constexpr,  # phases of this launch
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of 2, at least n where this launch sorts
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    MINUS: tl.constexpr = -float("inf")
+    if scale_tensor is not None:
+        scale = tl.load(scale_tensor)
+    if FIRST == 0:
+        _sort(labels, n, order, sorted_labels, BLOCK)
+        tl.debug_barrier()
+
+    if FIRST <= 1 and LAST >= 1:
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            place = chunk * CHUNK + tl.arange(0, CHUNK)
+            _, score, weight = _sorted_pairs(scores, weights, order, place, place < n)
+            z = score * scale
+            top, total = _sum(tl.where(weight > 0.0, z, MINUS), weight)
+            tl.store(sums + chunk, top)
+            tl.store(sums + chunks + chunk, total)
+            top, total = _sum(tl.where(weight > 0.0, -z, MINUS), weight)
+            tl.store(sums + 2 * chunks + chunk, top)
+            tl.store(sums + 3 * chunks + chunk, total)
+        tl.debug_barrier()
+
+    if FIRST <= 2 and LAST >= 2:
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            place = chunk * CHUNK + tl.arange(0, CHUNK)
+            inside = place < n
+            _, score, weight = _sorted_pairs(scores, weights, order, place, inside)
+            z = score * scale
+            before, before_sum = _sum_of_chunks(sums, sums + chunks, 0, chunk, PARTS)
+            top, total = tl.associative_scan((tl.where(weight > 0.0, z, MINUS), weight), 0, _add)
+            top, total = _add(top, total, before, before_sum)
+            tl.store(down + place, top, mask=inside)
+            tl.store(down_sums + place, total.to(tl.float32), mask=inside)
+            after, after_sum = _sum_of_chunks(sums + 2 * chunks, sums + 3 * chunks, chunk + 1, chunks, PARTS)
+            top, total = tl.associative_scan((tl.where(weight > 0.0, -z, MINUS), weight), 0, _add, reverse=True)
+            top, total = _add(top, total, after, after_sum)
+            tl.store(up + place, top, mask=inside)
+            tl.store(up_sums + place, total.to(tl.float32), mask=inside)
+        tl.debug_barrier()
+
+    if FIRST <= 3 and LAST >= 3:
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            place = chunk * CHUNK + tl.arange(0, CHUNK)
+            inside = place < n
+            _, score, weight = _sorted_pairs(scores, weights, order, place, inside)
+            z = score * scale
+            label = tl.load(sorted_labels + place, mask=inside, other=0)
+            end = _count_below(sorted_labels, label, inside, n, steps, True)  # first of the higher labels
+            begin = _count_below(sorted_labels, label, inside, n, steps, False)  # one past the last lower one
+            # A pair without a higher label is in no sum, even at an infinite score.
+            higher, lower = inside & (end < n), inside & (begin > 0)
+            pull = tl.where(higher, z + tl.load(up + end, mask=higher, other=MINUS), MINUS)
+            pull_sum = tl.load(up_sums + end, mask=higher, other=0.0)
+            if pulls is not None:
+                push = tl.where(lower, tl.load(down + begin - 1, mask=lower, other=MINUS) - z, MINUS)
+                tl.store(pulls + place, pull, mask=inside)
+                tl.store(pull_sums + place, pull_sum, mask=inside)
+                tl.store(pushes + place, push, mask=inside)
+                tl.store(push_sums + place, tl.load(down_sums + begin - 1, mask=lower, other=0.0), mask=inside)
+            counts = weight > 0.0
+            top, total = _sum(tl.where(counts, pull, MINUS), tl.where(counts, weight * pull_sum, 0.0))
+            undefined = tl.max(tl.where(inside & ((z != z) | (label != label) | ~(weight >= 0.0)), 1, 0), 0) > 0
+            tl.store(sums + 4 * chunks + chunk, top)
+            tl.store(sums + 5 * chunks + chunk, tl.where(undefined, float("nan"), total))
+        tl.debug_barrier()
+
+    if LAST >= 4:
+        top, total = _sum_of_chunks(sums + 4 * chunks, sums + 5 * chunks, 0, chunks, PARTS)
+        # log(1 + total exp(top)), to float32's last digits also of a tiny sum.
+        base = _base(top)
+        small = total * tl.exp(tl.minimum(base, 0.0))
+        value = tl.maximum(base, 0.0) + tl.log(small + tl.exp(-tl.maximum(base, 0.0)))
+        value = tl.where((base <= 0.0) & (small < 1e-8), small, value)
+        if tl.program_id(0) == 0:
+            tl.store(loss, value.to(loss.dtype.element_ty))
+        if pulls is not None:
+            for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+                place = chunk * CHUNK + tl.arange(0, CHUNK)
+                inside = place < n
+                pair, score, weight = _sorted_pairs(scores, weights, order, place, inside)
+                pulled = _exponential(tl.load(pulls + place, mask=inside, other=MINUS) - value)
+                pulled *= tl.load(pull_sums + place, mask=inside, other=0.0)
+                pushed = _exponential(tl.load(pushes + place, mask=inside, other=MINUS) - value)
+                pushed *= tl.load(push_sums + place, mask=inside, other=0.0)
+                gradient = tl.where(weight > 0.0, weight * (pulled - pushed), 0.0)
+                gradient = tl.where(value == value, gradient, value)
+                if score_gradient is not None:
+                    tl.store(score_gradient + pair, (gradient * scale).to(tl.float32), mask=inside)
+                if scale_gradient is not None:
+                    part = tl.where(weight > 0.0, gradient * score, 0.0)
+                    tl.store(scale_gradient + chunk, tl.sum(tl.where(value == value, part, value), 0).to(tl.float32))
+                if weight_gradient is not None:
+                    tl.store(weight_gradient + pair, (pulled + pushed).to(tl.float32), mask=inside)
+
+
+def unsupported(problem: RankingProblem | None) -> str | None:
+    """Why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
+    if problem is None:
+        return None
+    if len(problem.scores) >= 2**24:
+        return "2^24 pairs and more are ranked in torch ops"
+    return "float64 is computed in torch ops" if problem.dtype == torch.float64 else None
+
+
+def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
+    """Loss and gradients of the ranking operation."""
+    n, device, labels = len(problem.scores), problem.device, problem.labels
+    in_one = n <= MOST_IN_ONE_LAUNCH and labels.dtype == torch.float32
+    if in_one:
+        block = max(32, triton.next_power_of_2(n))
+        chunk = min(block, CHUNK_OF_ONE)
+        warps = max(1, min(16, block // 128))
+        order, sorted_labels = torch.empty(n, dtype=torch.int64, device=device), torch.empty_like(labels)
+    else:
+        block = chunk = CHUNK_OF_MANY
+        warps = 4
+        sorted_labels, order = labels.sort(stable=True)
+        labels = None
+    chunks = triton.cdiv(n, chunk)
+
+    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=device) if wanted else None
+
+    scale = problem.scale
+    on_device = isinstance(scale, Tensor) and scale.device.type != "cpu"
+    loss, scores, weights = empty(), empty(n, wanted=needs.scores), empty(n, wanted=needs.weights)
+    scale_parts = empty(chunks, wanted=needs.scale)
+    scans = [empty(n, dtype=dtype) for _ in range(2) for dtype in (torch.float64, torch.float32)]
+    terms = [empty(n, wanted=any(needs), dtype=dtype) for _ in range(2) for dtype in (torch.float64, torch.float32)]
+    arguments = (
+        problem.scores.detach().contiguous(),
+        None if labels is None else labels.contiguous(),
+        None if problem.weights is None else problem.weights.detach().contiguous(),
+        1.0 if on_device else float(scale),
+        scale.detach().float() if on_device else None,
+        n,
+        chunks,
+        n.bit_length(),
+        order,
+        sorted_labels,
+        empty(6, chunks, dtype=torch.float64),
+        *scans,
+        *terms,
+        loss,
+        scores,
+        scale_parts,
+        weights,
+    )
+    config = Config((("BLOCK", block), ("CHUNK", chunk), ("PARTS", 128)), warps, 1, registers=min(255, 2048 // warps))
+    if in_one:
+        launch(rank, (1,), *arguments, config=config, FIRST=SORT, LAST=FINISH)
+    else:
+        for phase in (SUMS, SCAN, PULL, FINISH):
+            launch(rank, (max(1, chunks),), *arguments, config=config, FIRST=phase, LAST=phase)
+    return RankingResult(loss, scores, scale_parts.sum() if needs.scale else None, weights)

@@ -1,0 +1,378 @@
+"""What the strategies of the Triton kernels launch, and what the interpreter makes of their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sbert_kernels import contrastive_loss, settings
+from sbert_kernels.backends.problem.contrastive import Needs
+from sbert_kernels.benchmarks import aot_report
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+NEEDS = Needs(True, True, False, False)
+
+
+@pytest.fixture(params=settings.STRATEGIES)
+def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
+    with settings.override(strategy=request.param):
+        yield request.param
+
+
+# -- what is launched -------------------------------------------------------------------------------------------------
+
+
+def recorded(problem: Any, needs: Needs = NEEDS, target: str = "sm_90") -> tuple[list[Any], int]:
+    """The launches for a problem of tensors without values, which nothing can be read from; FLOPs of the vendor's."""
+    from sbert_kernels.backends.triton import contrastive, launching
+
+    with (
+        launching.recording(launching.Target(*aot_report.TARGETS[target])) as launches,
+        FlopCounterMode(display=False) as vendor,
+    ):
+        contrastive.contrastive(problem, needs)
+    return launches, vendor.get_total_flops()
+
+
+def sweeps_of(launches: list[Any]) -> list[tuple[dict[str, Any], Any]]:
+    """(arguments by name, launch) of those of the kernel with matrix products."""
+    return [
+        (dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), launch)
+        for launch in launches
+        if launch.kernel.__name__ == "sweep"
+    ]
+
+
+def sweep_flops(launches: list[Any]) -> float:
+    """Of the similarities once for each slice of a gradient, and of the gradient."""
+    total = 0.0
+    for arguments, launch in sweeps_of(launches):
+        product = 2.0 * arguments["n_own"] * arguments["n_other"] * launch.constants["DIMS"][-1]
+        total += product * launch.grid[1] + (product if arguments["gradient"] is not None else 0.0)
+    return total
+
+
+@pytest.mark.parametrize("case", aot_report.CASES, ids=lambda case: case.name)
+def test_no_value_is_read_back(case: aot_report.Case, strategy: str) -> None:
+    """A tensor on "meta" has none to give: shapes alone decide what is launched, as a CUDA graph needs it."""
+    problem = aot_report.problem_of(case, torch.bfloat16, 384, rows=1000)
+    launches, _ = recorded(problem, NEEDS if case.gradients else Needs())
+    assert sweeps_of(launches)
+
+
+@pytest.mark.parametrize("dim", [64, 256, 384, 768, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["plain", "online", "negatives", "matryoshka", "no gradient"])
+def test_operations_are_those_of_the_cost_model(case: str, dtype: torch.dtype, dim: int, strategy: str) -> None:
+    from sbert_kernels.backends.triton import cost_model
+
+    (found,) = (c for c in aot_report.CASES if c.name == case)
+    if strategy not in found.strategies:
+        pytest.skip("without gradients there is one strategy")
+    problem = aot_report.problem_of(found, dtype, dim, rows=4096)
+    launches, vendor_flops = recorded(problem, NEEDS if found.gradients else Needs())
+    expected = cost_model.accounting(
+        4096,
+        4096 * len(problem.documents),
+        problem.dims,
+        dtype.itemsize,
+        strategy,
+        bounded=case != "online",
+        gradients=found.gradients,
+        fma=dtype == torch.float32,
+    )
+    assert sweep_flops(launches) == expected.sweep_flops
+    assert vendor_flops == expected.vendor_flops
+
+
+def test_bytes_of_the_weights_are_those_of_the_cost_model() -> None:
+    """Each weight is written once and read twice; each chunk reads and writes the columns' gradient."""
+    from sbert_kernels.backends.triton import cost_model
+
+    n = m = 8192
+    problem = aot_report.problem_of(aot_report.CASES[0], torch.bfloat16, 384, rows=n)
+    with settings.override(strategy="chunked", block_bytes=32 * settings.MIB):
+        launches, _ = recorded(problem)
+    written = [arguments["weights"] for arguments, _ in sweeps_of(launches)]
+    assert sum(w.nbytes for w in written) == 2 * n * m
+    assert all(w.nbytes <= 32 * settings.MIB for w in written)
+    work = [
+        cost_model.accounting(n, m, (384,), 2, "chunked", chunk_rows=n // chunks).bytes for chunks in (1, len(written))
+    ]
+    assert len(written) == 4
+    assert work[1] - work[0] == 12 * m * 384 * 3
+    assert work[0] > 3 * 2 * n * m
+
+
+def test_the_strategy_follows_from_the_shape() -> None:
+    """Short vectors leave a matrix of weights as the most that there is to move; long ones, products."""
+    from sbert_kernels.backends.triton import contrastive, launching
+
+    def chosen(dim: int, dtype: torch.dtype, target: str) -> str:
+        problem = aot_report.problem_of(aot_report.CASES[0], dtype, dim, rows=65536)
+        with launching.recording(launching.Target(*aot_report.TARGETS[target])):
+            seconds = contrastive.predicted_seconds(problem, NEEDS, launching.target_of(problem.device))
+            choice = contrastive.choose_strategy(problem, NEEDS)
+            assert choice == min(seconds, key=seconds.__getitem__)
+            assert contrastive.choose_strategy(problem, Needs()) == "tiled"
+            with settings.override(strategy="tiled"):
+                assert contrastive.choose_strategy(problem, NEEDS) == "tiled"
+            return choice
+
+    assert chosen(32, torch.bfloat16, "sm_89") == "tiled"
+    assert chosen(768, torch.bfloat16, "sm_90") == "chunked"
+    assert chosen(768, torch.float32, "sm_90") == "chunked"
+
+
+def test_the_vendor_s_products_are_used_only_in_the_precision_asked_for() -> None:
+    from sbert_kernels.backends.triton import contrastive, launching
+
+    problem = aot_report.problem_of(aot_report.CASES[0], torch.float32, 768, rows=65536)
+    with launching.recording(launching.Target(*aot_report.TARGETS["sm_90"])):
+        for products, expected in (("float32", "chunked"), ("tf32", "tiled"), ("tf32x3", "tiled")):
+            with settings.override(products=products):
+                assert contrastive.choose_strategy(problem, NEEDS) == expected
+                assert contrastive.strategies(problem, NEEDS) == ("tiled", "chunked")[: 1 + (expected == "chunked")]
+
+
+def test_the_strategy_asked_for_says_what_it_does_not_do(caplog: pytest.LogCaptureFixture) -> None:
+    from sbert_kernels.backends.triton import contrastive, launching
+
+    problem = aot_report.problem_of(aot_report.CASES[0], torch.float32, 64, rows=64)
+    with (
+        launching.recording(launching.Target(*aot_report.TARGETS["sm_90"])),
+        settings.override(products="tf32x3", strategy="chunked"),
+    ):
+        assert [contrastive.choose_strategy(problem, NEEDS) for _ in range(2)] == ["chunked"] * 2
+    assert [record.message for record in caplog.records] == [
+        "strategy='chunked' multiplies gradients by torch's products, in float32, not tf32x3."
+    ]
+
+
+def test_prefixes_share_one_sweep_unless_their_weights_stay_on_the_chip() -> None:
+    (case,) = (c for c in aot_report.CASES if c.name == "matryoshka")
+    problem = aot_report.problem_of(case, torch.bfloat16, 768)
+    with settings.override(strategy="chunked"):
+        launches, _ = recorded(problem)
+    assert {launch.constants["DIMS"] for _, launch in sweeps_of(launches)} == {problem.dims}
+    without, _ = recorded(problem, Needs())
+    assert len(sweeps_of(without)) == 1
+
+
+@pytest.fixture
+def forgotten(interpreted: None) -> Iterator[None]:
+    from sbert_kernels.backends.triton import tuning
+
+    tuning._fastest.clear()
+    yield
+    tuning._fastest.clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_autotuning_runs_each_way_once_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from sbert_kernels.backends.triton import contrastive, tuning
+
+    computed, ran = contrastive._computed, []
+
+    def spy(problem: Any, needs: Needs, strategy: str, variant: int) -> Any:
+        ran.append((strategy, variant))
+        if variant == 2:
+            raise OutOfResources(2, 1, "shared memory")
+        return computed(problem, needs, strategy, variant)
+
+    def loss_of(rows: int, **options: Any) -> Tensor:
+        return contrastive_loss(draw(rows, 16, 0).requires_grad_(), draw(rows, 16, 1), backend="triton", **options)
+
+    monkeypatch.setattr(contrastive, "_computed", spy)
+    monkeypatch.setattr(tuning, "_seconds", lambda run, way, device: {("tiled", 1): 1.0}.get(way, 2.0))
+    expected = loss_of(20)
+    assert len(ran) == 1  # only those who ask for it wait
+    with settings.override(autotune=True):
+        assert loss_of(20) == expected
+        assert set(ran) == {(strategy, variant) for strategy in settings.STRATEGIES for variant in tuning.VARIANTS}
+        assert ran[-1] == ("tiled", 1)
+        ran.clear()
+        loss_of(21)
+        assert ran == [("tiled", 1)]
+        loss_of(40)
+        loss_of(40, duplicates="mask", document_ids=torch.arange(40))
+        assert len(tuning._fastest) == 3
+        with settings.override(strategy="chunked"):
+            ran.clear()
+            loss_of(20)
+            assert {strategy for strategy, _ in ran} == {"chunked"}
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_other_tiles_are_others(target: str, variant: int) -> None:
+    from sbert_kernels.backends.triton import launching, tuning
+
+    sizes = {
+        "fma": False,
+        "split": False,
+        "statistics": True,
+        "gradient": False,
+        "masked": False,
+        "guided": False,
+        "prefixes": 1,
+    }
+    where = launching.Target(*aot_report.TARGETS[target])
+    default, other = (tuning.sweep_config(where, 2, **sizes, width=16, variant=v) for v in (0, variant))
+    assert default != other
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: int, dim: int, seed: int) -> Tensor:
+    """Numbers that every type holds."""
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def run(queries: Tensor, documents: Tensor, backend: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Loss and both gradients in float64, computed in ``dtype``."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (queries, documents)]
+    loss = contrastive_loss(*leaves, backend=backend, **options)
+    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, leaves))]
+
+
+def eager(queries: Tensor, documents: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
+    """What a user writes, in the type of the inputs."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (queries, documents)]
+    logits = scale * F.normalize(leaves[0]) @ F.normalize(leaves[1]).T
+    loss = F.cross_entropy(logits, torch.arange(len(queries)))
+    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, leaves))]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
+    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, exact, strict=True)])
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(dtype: torch.dtype, scale: float) -> None:
+    """Root mean squares over batches: one batch of eager's may be lucky."""
+    squares = []
+    for seed in range(3):
+        queries = draw(70, 48, 2 * seed)
+        # Logits of positives within a few of the others' logsumexp: neither sure nor hopeless.
+        cosine = min(0.9, math.log(70) / scale + 0.3)
+        documents = (queries + math.sqrt(cosine**-2 - 1) * draw(70, 48, 2 * seed + 1)).bfloat16().float()
+        exact = run(queries, documents, "reference", torch.float64, scale=scale)
+        ours = run(queries, documents, "triton", dtype, scale=scale)
+        squares.append(torch.stack([errors(ours, exact), errors(eager(queries, documents, scale, dtype), exact)]) ** 2)
+    ours, theirs = torch.stack(squares).mean(0).sqrt()
+    assert (ours <= 2 * theirs + torch.finfo(torch.float32).eps).all(), (ours, theirs)
+
+
+@pytest.mark.usefixtures("strategy")
+def test_the_gradient_of_a_well_trained_batch_is_right_within_a_percent() -> None:
+    """p = 0.999 of the positive: the gradient is of the size of a bfloat16 rounding of it."""
+    queries = draw(64, 64, 0)
+    documents = (queries + 0.7 * draw(64, 64, 1)).bfloat16().float()
+    exact = run(queries, documents, "reference", torch.float64, scale=20.0)
+    assert 1e-4 < exact[0] < 5e-3
+    assert errors(run(queries, documents, "triton", torch.bfloat16, scale=20.0), exact).max() < 0.01
+    assert errors(eager(queries, documents, 20.0, torch.bfloat16), exact).max() > 0.1  # what it is about
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("layout", ["rows far apart", "shifted", "transposed", "every second entry", "repeated"])
+def test_inputs_in_any_layout(layout: str) -> None:
+    n, dim = 40, 35
+
+    def laid_out(x: Tensor) -> Tensor:
+        if layout == "transposed":
+            return x.T.contiguous().T
+        if layout == "repeated":
+            return x[:1].expand(n, dim)
+        wide = torch.full((n + 3, 2 * dim + 5), math.nan)
+        view = wide[3:, 1 : 2 * dim : 2] if layout == "every second entry" else wide[3:, 1 : dim + 1]
+        if layout == "rows far apart":
+            view = wide[:n, :dim]
+        return view.copy_(x)
+
+    moved = [laid_out(draw(n, dim, 0)), draw(n, dim, 1) if layout == "repeated" else laid_out(draw(n, dim, 1))]
+    assert not moved[0].is_contiguous()
+    ours = [contrastive_loss(*moved, backend="triton"), *run(*moved, "triton", torch.float32)[1:]]
+    exact = run(*(x.contiguous() for x in moved), "reference", torch.float64)
+    for value, wanted in zip(ours, exact, strict=True):
+        assert (value - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-2)
+
+
+@pytest.mark.usefixtures("strategy")
+def test_rows_that_are_zero_or_no_numbers_stay_alone() -> None:
+    """What a row spoils is what it spoils in the reference: its column reaches every row's gradient, and no more."""
+    queries, documents = draw(40, 32, 0), draw(40, 32, 1)
+    queries[3], documents[7] = 0.0, 0.0
+    ours, exact = (run(queries, documents, *how) for how in (("triton", torch.float32), ("reference", torch.float64)))
+    for value, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+    queries[5] = math.nan
+    ours, exact = (run(queries, documents, *how) for how in (("triton", torch.float32), ("reference", torch.float64)))
+    for value, wanted in zip(ours, exact, strict=True):
+        assert torch.equal(value.isnan(), wanted.isnan())
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("options", [{}, {"scale": 100.0}, {"similarity": "dot", "scale": 1.0}])
+def test_a_hard_negative_that_is_no_number_makes_the_loss_none(options: dict[str, Any]) -> None:
+    """It lies outside of each row's own pair."""
+    queries, documents, negatives = (draw(5, 16, seed).requires_grad_() for seed in range(3))
+    with torch.no_grad():
+        negatives[2, 3] = math.nan
+        assert contrastive_loss(queries, [documents, negatives], backend="triton", **options).isnan()
+    assert contrastive_loss(queries, [documents, negatives], backend="triton", **options).isnan()
+
+
+@pytest.mark.usefixtures("strategy")
+def test_a_prefix_of_zeros_has_a_finite_gradient_in_float16() -> None:
+    queries, documents = draw(12, 16, 0), draw(12, 16, 1)
+    documents[3, :8] = 0.0
+    documents[5] = 0.0
+    found = run(queries, documents, "triton", torch.float16, matryoshka_dims=[8, 16])
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_the_same_bits_each_time(strategy: str) -> None:
+    queries, documents = draw(70, 40, 0), draw(70, 40, 1)
+    first = run(queries, documents, "triton", torch.bfloat16)
+    assert all(map(torch.equal, first, run(queries, documents, "triton", torch.bfloat16)))
+
+
+def test_rows_beyond_a_32_bit_offset() -> None:
+    """Row 3 begins at entry 3 * 2^30 of memory of which four rows are ever touched."""
+    rows, dim, stride = 4, 40, 2**30
+    far = torch.empty(3 * stride + dim, dtype=torch.bfloat16).as_strided((rows, dim), (stride, 1))
+    queries, documents = draw(rows, dim, 0).bfloat16(), draw(rows, dim, 1).bfloat16()
+    far.copy_(queries)
+    near = run(queries, documents, "triton", torch.bfloat16)
+    assert all(map(torch.equal, near, run_in_place(far, documents)))
+
+
+def run_in_place(queries: Tensor, documents: Tensor) -> list[Tensor]:
+    from sbert_kernels.backends.triton import contrastive
+
+    problem = aot_report.problem_of(aot_report.CASES[0], torch.bfloat16, queries.shape[1], rows=len(queries))
+    problem = replace(problem, queries=queries, documents=(documents,))
+    result = contrastive.contrastive(problem, NEEDS)
+    return [x.double() for x in (result.loss, result.queries.bfloat16(), result.documents.bfloat16())]
+
+
+def test_float64_is_left_to_others() -> None:
+    queries = draw(4, 8, 0).double()
+    with pytest.raises(ValueError, match="backend='triton' cannot serve this call: float64"):
+        contrastive_loss(queries, queries, backend="triton")

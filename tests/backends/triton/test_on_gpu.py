@@ -1,0 +1,441 @@
+"""The Triton kernels on a GPU: what neither an interpreter nor a compiler can show. Skipped where there is none.
+
+Errors are taken against float64 on the same device and the same rounded inputs, and bounded by those of eager torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbert_kernels import contrastive_loss, pairwise_similarity, ranking_loss, settings
+from sbert_kernels.backends.triton import obstacle
+from sbert_kernels.benchmarks.harness import matmul_precision
+from sbert_kernels.settings import MIB
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
+]
+
+DEVICE = "cuda"
+ROWS = 1000  # no multiple of any tile
+ODD = 123
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+# A rounding of the softmax weights between the products, in the type and precision that the products have.
+UNIT = {
+    ("float32", "highest"): 2.0**-24,
+    ("float32", "high"): 2.0**-11,
+    ("bfloat16", "highest"): 2.0**-9,
+    ("float16", "highest"): 2.0**-12,
+}
+KINDS = [*UNIT]
+
+
+@pytest.fixture(autouse=True)
+def _served() -> None:
+    reason = obstacle(str(torch.empty(0, device=DEVICE).device), by_name=True)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=settings.STRATEGIES)
+def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
+    with settings.override(strategy=request.param):
+        yield request.param
+
+
+# -- problems and what is computed of them ----------------------------------------------------------------------------
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """float32 numbers that every narrower type holds, too."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float().to(DEVICE)
+
+
+def problem_of(option: str, rows: int = ROWS, dim: int = ODD) -> dict[str, Any]:
+    """Arguments of contrastive_loss, in float32."""
+    gathered = option == "gathered"
+    world, offset = (rows + 70, 37) if gathered else (rows, 0)
+    columns = 4 if option in ("negatives", "hardness") else 2 if option in ("directions", "mask", "positive") else 1
+    documents = [draw(world, dim, seed=1 + k) for k in range(columns)]
+    queries = draw(world, dim)
+    documents[0] = (queries + 2 * documents[0]).bfloat16().float()  # positives that a model half knows
+    ids = torch.arange(world * columns, device=DEVICE) // 3
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "online": {"scale": 100.0},
+        "dot": {"similarity": "dot", "scale": 3.0 / dim},
+        "negatives": {},
+        "directions": {"directions": DIRECTIONS},
+        "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+        "hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 3.0},
+        "mask": {"duplicates": "mask", "document_ids": ids},
+        "positive": {"duplicates": "positive", "document_ids": ids},
+        "guide": {"guide_queries": draw(rows, 50, seed=8), "guide_documents": draw(rows, 50, seed=9), "margin": 0.1},
+        "learnable": {"scale": torch.tensor(20.0, device=DEVICE)},
+        "weights": {"weights": draw(rows, seed=7).abs()},
+        "matryoshka": {"matryoshka_dims": (dim, dim // 2, dim // 4), "matryoshka_weights": (1.0, 0.5, 2.0)},
+        "gathered": {"directions": DIRECTIONS, "all_queries": queries, "row_offset": offset},
+    }
+    return {"queries": queries[offset : offset + rows], "documents": documents, **options[option]}
+
+
+OPTIONS = (
+    "plain", "online", "dot", "negatives", "directions", "symmetric", "hardness", "mask", "positive", "guide",
+    "learnable", "weights", "matryoshka", "gathered",
+)  # fmt: skip
+
+
+def loss_and_gradients(problem: dict[str, Any], backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """In float64, computed in ``dtype``: the loss, then the gradients of every tensor that has one."""
+
+    def leaf(value: Tensor, kind: torch.dtype = dtype) -> Tensor:
+        return value.detach().to(kind).requires_grad_()
+
+    problem = dict(problem)
+    documents = [leaf(column) for column in problem.pop("documents")]
+    leaves = {name: leaf(problem.pop(name)) for name in ("queries", "all_queries") if name in problem}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name in ("scale", "weights"):
+        if isinstance(problem.get(name), Tensor):
+            leaves[name] = leaf(problem.pop(name), wide)
+    loss = contrastive_loss(documents=documents, **leaves, **problem, backend=backend)
+    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [*documents, *leaves.values()]))]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
+    """|x - exact| / |exact| of each."""
+    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, exact, strict=True)])
+
+
+def eager(queries: Tensor, documents: Tensor, scale: float) -> list[Tensor]:
+    """What a user writes, in the type of the inputs."""
+    queries, documents = (x.detach().requires_grad_() for x in (queries, documents))
+    logits = scale * F.normalize(queries) @ F.normalize(documents).T
+    loss = F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
+    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [documents, queries]))]
+
+
+def batch(rows: int, dim: int, scale: float, seed: int, known: float = 0.0) -> dict[str, Any]:
+    """Positives whose logits are ``known`` above the logsumexp of the others in their row."""
+    queries, noise = draw(rows, dim, seed=2 * seed), draw(rows, dim, seed=2 * seed + 1)
+    # logsumexp_j(scale s_ij) of random rows is about log(N) + scale^2 / (2 D), while that is above the largest's.
+    others = math.log(rows) / scale + scale / (2 * dim)
+    if scale > 20:
+        others = min(others, math.sqrt(2 * math.log(rows) / dim))
+    cosine = others + known / scale
+    documents = (queries + math.sqrt(cosine**-2 - 1) * noise).bfloat16().float()
+    return {"queries": queries, "documents": [documents], "scale": scale}
+
+
+# -- parity -----------------------------------------------------------------------------------------------------------
+
+
+def check_parity(problem: dict[str, Any], dtype_name: str, precision: str) -> None:
+    """Twice the error of eager float32 at most, and some roundings of the products' own."""
+    exact = loss_and_gradients(problem, "reference", torch.float64)
+    with matmul_precision(precision):
+        ours = loss_and_gradients(problem, "triton", getattr(torch, dtype_name))
+    limits = (
+        2 * errors(loss_and_gradients(problem, "reference", torch.float32), exact) + 8 * UNIT[dtype_name, precision]
+    )
+    if dtype_name == "float16" and problem.get("similarity") != "dot":
+        limits += 2.0**-11 * problem_scale(problem)  # unit vectors are rounded, and the logits with them
+    assert (errors(ours, exact) <= limits).all(), (errors(ours, exact), limits)
+
+
+def problem_scale(problem: dict[str, Any]) -> float:
+    return float(problem.get("scale", 20.0)) + problem.get("hardness_strength", 0.0)
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_equals_the_reference(option: str) -> None:
+    check_parity(problem_of(option), "bfloat16", "highest")
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("option", ["plain", "directions", "positive", "matryoshka"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] != "bfloat16"], ids="-".join)
+def test_every_product_equals_the_reference(kind: tuple[str, str], option: str) -> None:
+    check_parity(problem_of(option), *kind)
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("dim", [1, 16, 384, 768, 1024])
+def test_every_dimension_equals_the_reference(dim: int) -> None:
+    option = "dot" if dim == 1 else "plain"  # the gradient of a cosine of numbers is zero
+    check_parity(problem_of(option, dim=dim), "bfloat16", "highest")
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("rows", [1, 2, 31, 4096])
+def test_every_number_of_rows_equals_the_reference(rows: int) -> None:
+    option = "negatives" if rows == 1 else "plain"  # or its loss is zero
+    check_parity(problem_of(option, rows=rows, dim=64), "bfloat16", "highest")
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("layout", ["rows far apart", "shifted", "transposed", "every second entry"])
+def test_inputs_in_any_layout(layout: str) -> None:
+    """Pointers that are not aligned, strides that are no multiple of a line, entries that do not follow each other."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        n, dim = x.shape
+        if layout == "transposed":
+            return x.T.contiguous().T
+        wide = torch.full((n + 3, 2 * dim + 5), math.nan, dtype=x.dtype, device=x.device)
+        view = wide[3:, 1 : 2 * dim : 2] if layout == "every second entry" else wide[3:, 1 : dim + 1]
+        if layout == "rows far apart":
+            view = wide[:n, :dim]
+        return view.copy_(x)
+
+    plain = problem_of("plain")
+    moved = {
+        "queries": laid_out(plain["queries"].bfloat16()),
+        "documents": [laid_out(plain["documents"][0].bfloat16())],
+    }
+    assert not moved["queries"].is_contiguous()
+    ours = loss_and_gradients(moved, "triton", torch.bfloat16)
+    assert errors(ours, loss_and_gradients(plain, "triton", torch.bfloat16)).max() < 1e-3
+    assert errors(ours, loss_and_gradients(plain, "reference", torch.float64)).max() < 0.02
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(kind: tuple[str, str], scale: float) -> None:
+    """Root mean squares over batches: one batch of eager's may be lucky."""
+    dtype, sums = getattr(torch, kind[0]), []
+    with matmul_precision(kind[1]):
+        for seed in range(4):
+            problem = batch(ROWS, 384, scale, seed)
+            exact = loss_and_gradients(problem, "reference", torch.float64)
+            theirs = eager(problem["queries"].to(dtype), problem["documents"][0].to(dtype), scale)
+            ours = loss_and_gradients(problem, "triton", dtype)
+            sums.append(torch.stack([errors(ours, exact), errors(theirs, exact)]).square())
+    ours, theirs = torch.stack(sums).mean(0).sqrt()
+    assert (ours <= 2 * theirs + torch.finfo(torch.float32).eps).all(), (ours, theirs)
+
+
+@pytest.mark.usefixtures("strategy")
+def test_the_gradient_of_a_well_trained_batch_is_right_within_a_percent() -> None:
+    """p = 0.999 of the positive: the gradient is of the size of a bfloat16 rounding of it."""
+    problem = batch(ROWS, 384, 20.0, seed=0, known=math.log(999))
+    exact = loss_and_gradients(problem, "reference", torch.float64)
+    assert 5e-4 < exact[0] < 5e-3
+    assert errors(loss_and_gradients(problem, "triton", torch.bfloat16), exact).max() < 0.01
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 33, 1000, 8192, 8193, 100_000])
+@pytest.mark.parametrize("levels", [3, 1_000_000])
+def test_ranking_equals_float64(n: int, levels: int) -> None:
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    labels = torch.randint(levels, (n,), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    results = []
+    for dtype, backend in ((torch.float32, None), (torch.float64, "blockwise")):
+        leaf = scores.to(dtype).requires_grad_()
+        loss = ranking_loss(leaf, labels, backend=backend)
+        results.append([x.double() for x in (loss.detach(), *torch.autograd.grad(loss, leaf))])
+    for value, exact in zip(*results, strict=True):
+        assert (value - exact).norm() <= 1e-5 * exact.norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [0, 1, 1000, 100_000])
+def test_pairwise_equals_float64(n: int, dtype: torch.dtype) -> None:
+    names = ("cos", "dot", "angle")
+    x, y = draw(n, ODD), draw(n, ODD, seed=1)
+    flowing = [draw(n, seed=2 + k).double() for k in range(3)]
+    results = []
+    for kind, backend in ((dtype, "triton"), (torch.float64, "blockwise")):
+        leaves = [v.to(kind).requires_grad_() for v in (x, y)]
+        scores = pairwise_similarity(*leaves, names, backend=backend)
+        total = sum((score.double() * weight).sum() for score, weight in zip(scores, flowing, strict=True))
+        results.append([v.detach().double() for v in (*scores, *torch.autograd.grad(total, leaves))])
+    unit = torch.finfo(dtype).eps
+    for index, (value, exact) in enumerate(zip(*results, strict=True)):
+        # Scores are float32's; gradients are rounded to the embeddings' type.
+        assert (value - exact).norm() <= (1e-5 if index < len(names) else max(1e-5, unit)) * exact.norm() + 1e-12
+
+
+# -- what only a GPU does ---------------------------------------------------------------------------------------------
+
+
+def steps() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """A loss of each operation, and the tensors that it takes and has gradients of."""
+    labels = draw(ROWS, seed=5)
+    plain = problem_of("positive")
+    ids = plain["document_ids"]
+    scale = torch.tensor(20.0, device=DEVICE)
+
+    def in_batch(queries: Tensor, positives: Tensor, negatives: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+        options = {"duplicates": "positive", "document_ids": ids, "backend": "triton"}
+        return contrastive_loss(queries, [positives, negatives], scale=scale, weights=weights, **options)
+
+    def plain_loss(queries: Tensor, documents: Tensor) -> Tensor:
+        return contrastive_loss(queries, documents, backend="triton")
+
+    def ranked(x: Tensor, y: Tensor) -> Tensor:
+        cos, angle = pairwise_similarity(x, y, ("cos", "angle"), backend="triton")
+        return ranking_loss(cos, labels, backend="triton") + ranking_loss(angle, labels, backend="triton")
+
+    queries, (positives, negatives) = plain["queries"].bfloat16(), (d.bfloat16() for d in plain["documents"])
+    return {
+        "plain": (plain_loss, [queries, positives]),
+        "options": (in_batch, [queries, positives, negatives, scale, draw(ROWS, seed=7).abs()]),
+        "ranking": (ranked, [queries, positives]),
+    }
+
+
+STEPS = ("plain", "options", "ranking")
+
+
+def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("name", STEPS)
+def test_the_same_bits_each_time(name: str) -> None:
+    step = steps()[name]
+    first = run(*step)
+    assert all(equal(run(*step), first) for _ in range(10))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("name", STEPS)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    step = steps()[name]
+    expected = run(*step)  # compiled by now
+    with no_waiting():
+        found = run(*step)
+    assert equal(found, expected)
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_cuda_graph_replays_what_eager_computes(name: str) -> None:
+    function, inputs = steps()[name]
+    static = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(function, static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(function, static)
+    others = [(1.25 * x).abs() if x.dim() < 2 else -x.roll(1, 0) for x in inputs]
+    for values in (inputs, others):
+        for kept, value in zip(static, values, strict=True):
+            kept.copy_(value)
+        graph.replay()
+        assert equal(captured, run(function, values))
+    assert not equal(run(function, inputs), run(function, others))
+
+
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("name", STEPS)
+def test_kernels_run_in_the_current_stream(name: str) -> None:
+    """Where their inputs are made, after a product that takes a while; in any other they would read zeros."""
+    function, inputs = steps()[name]
+    expected = run(function, inputs)
+    late = [torch.zeros_like(x) for x in inputs]
+    busy = torch.randn(8192, 8192, device=DEVICE)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            busy = busy @ busy / 8192
+        for kept, value in zip(late, inputs, strict=True):
+            kept.copy_(value)
+        found = run(function, late)
+    side.synchronize()
+    assert equal(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", STEPS)
+def test_kernels_run_on_the_device_of_their_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "DEVICE", "cuda:1")
+    with torch.cuda.device(1):
+        expected = run(*steps()[name])
+    with torch.cuda.device(0):
+        found = run(*steps()[name])
+    assert all(x.device == torch.device("cuda:1") for x in found)
+    assert equal(found, expected)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_compiled_step_computes_the_same(name: str) -> None:
+    function, inputs = steps()[name]
+    compiled = torch.compile(function, fullgraph=True)
+    # Sums of several losses may be taken in another order by the compiler.
+    found, wanted = ([x.double() for x in run(f, inputs)] for f in (compiled, function))
+    assert errors(found, wanted).max() < 1e-5
+
+
+def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
+    """2 GiB would be one bfloat16 matrix of similarities; eager torch holds several."""
+    n, dim = 32768, 768
+    inputs = [torch.randn(n, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    function = steps()["plain"][0]
+    run(function, [x[:512] for x in inputs])  # compiled by now, and the vendor's workspace there
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(function, inputs)
+    torch.cuda.synchronize()
+    # Both gradients in float32, what a chunk or a sweep adds to them, both again in bfloat16; a chunk's weights.
+    limit = 6 * n * dim * 4 + (512 * MIB if strategy == "chunked" else 0)
+    assert torch.cuda.max_memory_allocated() - before < limit < 2 * n * n
+
+
+@pytest.mark.usefixtures("strategy")
+def test_more_entries_than_a_32_bit_index_counts() -> None:
+    """65536^2 > 2^31: the first and the last rows of each gradient, against torch ops on blocks of rows."""
+    problem = batch(65536, 64, 20.0, seed=0)
+    ours = loss_and_gradients(problem, "triton", torch.float32)
+    exact = loss_and_gradients(problem, "blockwise", torch.float32)
+    assert ours[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
+    for rows in (slice(None, 8), slice(-8, None)):
+        parts = [[x[rows] for x in side[1:]] for side in (ours, exact)]
+        assert errors(*parts).max() < 1e-4
+
+
+def test_vectors_beyond_a_32_bit_offset() -> None:
+    """Row 2^21 of vectors that are 1024 entries wide begins at entry 2^31."""
+    rows, width = 2**21 + 64, 1024
+    if torch.cuda.mem_get_info()[0] < 5 * rows * width:
+        pytest.skip("needs 10 GiB of free memory")
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
+    x[-64:] = draw(64, width)
+    y = torch.ones(1, width, dtype=torch.bfloat16, device=DEVICE).expand(rows, width)
+    (scores,) = pairwise_similarity(x, y, ("dot",), backend="triton")
+    torch.testing.assert_close(scores[-64:], x[-64:].float().sum(1), rtol=1e-4, atol=1e-3)
+    assert not scores[:-64].any()
