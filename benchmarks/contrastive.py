@@ -126,9 +126,7 @@ def run(args: argparse.Namespace) -> None:
                 case = replace(case, batch=case.cuda_batch)
             if args.quick:
                 case = replace(case, batch=min(case.batch, QUICK_BATCH), uncompiled=case.uncompiled or "quick run")
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision(case.precision)
-            try:
+            with harness.matmul_precision(case.precision):
                 row = _run_case(
                     name,
                     case,
@@ -137,8 +135,6 @@ def run(args: argparse.Namespace) -> None:
                     args.repeats * case.rounds,
                     progress.set_description,
                 )
-            finally:
-                torch.set_float32_matmul_precision(before)
             if case.timed and "ours ms" not in row:
                 failed.append(name)
             report.rows.append(row)

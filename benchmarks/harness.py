@@ -23,7 +23,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,10 +48,13 @@ __all__ = [
     "copy_bandwidth",
     "finish",
     "gemm_seconds",
+    "is_out_of_memory",
     "machine",
     "machine_line",
+    "matmul_precision",
     "measure",
     "run_in_process",
+    "version",
 ]
 
 OUT_OF_MEMORY = "out of memory"
@@ -111,12 +115,12 @@ def command_line(
     run(parser.parse_args())
 
 
-def finish(report: Report, output: Path, failed: Sequence[str]) -> None:
-    """Prints the report's table, writes its files and says where; exits non-zero if cases failed parity."""
+def finish(report: Report, output: Path, failed: Sequence[str], what: str = "parity failed") -> None:
+    """Prints the report's table, writes its files and says where; exits non-zero if cases failed, and says ``what``."""
     print(report.markdown())
     print("\n".join(str(path) for path in report.write(output)))
     if failed:
-        raise SystemExit(f"parity failed: {', '.join(failed)}")
+        raise SystemExit(f"{what}: {', '.join(failed)}")
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def machine() -> dict[str, Any]:
         "ram_gib": _ram_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "sentence-transformers", "triton")},
+        **{name: version(name) for name in ("torch", "sentence-transformers", "triton")},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
@@ -168,11 +172,23 @@ def _ram_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """`torch.set_float32_matmul_precision` for a block of code."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -224,7 +240,7 @@ def measure(
             try:
                 seconds = _seconds(contender)
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 errors[name] = OUT_OF_MEMORY
                 continue
@@ -272,7 +288,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, the device's or the machine's."""
     # On the CPU torch raises a plain RuntimeError that only its text tells apart.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -350,7 +367,7 @@ def _child(
         seconds = time.perf_counter() - begin
         sender.send(ProcessResult(value, meter.peak_extra_bytes(), None, seconds))
     except Exception as error:
-        sender.send(ProcessResult(error=OUT_OF_MEMORY) if _is_out_of_memory(error) else traceback.format_exc())
+        sender.send(ProcessResult(error=OUT_OF_MEMORY) if is_out_of_memory(error) else traceback.format_exc())
 
 
 def _load(module_name: str, file: str | None, qualname: str) -> Callable[..., Any]:

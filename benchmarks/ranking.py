@@ -134,7 +134,7 @@ def _run_case(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"case": f"{name} {case.size}", "dtype": case.dtype}
     say(f"{name}: parity")
-    error, stock_error, limit = _parity(case, device)
+    error, stock_error, limit = parity(case, device)
     row |= {"parity": error, "stock's own error": stock_error}
     if not error <= limit:
         return row | {"note": f"not timed: parity error {error:.2g}, wanted at most {limit:.2g}"}
@@ -261,7 +261,7 @@ def prepare(library: str, case: Case, device: str) -> Callable[[], float]:
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
-def _parity(case: Case, device: str) -> tuple[float, float, float]:
+def parity(case: Case, device: str) -> tuple[float, float, float]:
     """(error of ours, error of stock, limit), against stock in float64 on the same rounded inputs.
 
     An error is the largest of the loss's and of each column's gradients, relative, in the Euclidean norm.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _OURS_COLOUR = "#c2410c"
-_PEER_COLOURS = ("#94a3b8", "#475569", "#cbd5e1", "#1e293b")
+_PEER_COLOURS = ("#94a3b8", "#475569", "#cbd5e1", "#1e293b", "#64748b")
 # From what ours has nothing to do with (greys) to what it replaces (warm).
 _PART_COLOURS = ("#cbd5e1", "#94a3b8", "#c2410c", "#fb923c", "#64748b", "#334155", "#e2e8f0")
 _NOTHING = "-"

@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.set_defaults(run=demo.run)
 
     bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
-    metavar = "contrastive | ranking | objective | accuracy | training | gradcache"
+    metavar = "contrastive | ranking | objective | accuracy | training | gradcache | aot | gpu"
     subjects = bench.add_subparsers(dest="subject", required=True, metavar=metavar)
-    from .benchmarks import accuracy, contrastive, gradcache, objective, ranking, training
+    from .benchmarks import accuracy, aot_report, contrastive, gpu, gradcache, objective, ranking, training
 
     for module, text in (
         (contrastive, "the in-batch-negatives losses, from embeddings to gradients"),
@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         (accuracy, "errors of the contrastive loss and its gradients in every number format"),
         (training, "whole training steps of a static-embedding model, and what they are made of"),
         (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
+        (aot_report, "what the compiler makes of the Triton kernels for each kind of GPU, without one"),
+        (gpu, "the Triton kernels on one GPU: parity, time, memory, peers and targets"),
     ):
-        subject = subjects.add_parser(module.__name__.rpartition(".")[2], help=text)
+        subject = subjects.add_parser(module.__name__.rpartition(".")[2].removesuffix("_report"), help=text)
         module.add_arguments(subject)
         subject.set_defaults(run=module.run)
 
@@ -57,17 +59,37 @@ def _info(_: argparse.Namespace) -> int:
     print(f"  compiled CPU kernels: {extension.describe()}")
     if extension.load() is None:
         print(f"  their instruction set: {torch.ops.sbert_kernels.cpu_instruction_set()}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"  the GPU's compute capability: {'.'.join(map(str, torch.cuda.get_device_capability()))}")
     print("\noperations")
-    for operation in backends.OPERATIONS:
-        choice = backends.choose(operation)
-        print(f"  {operation}: {choice.backend.name} ({choice.reason})")
-        for other in backends.BACKENDS:
-            if other != choice.backend and operation in other.operations:
-                print(f"    else {other.name}: {other.summary}{'' if other.automatic else '; only when asked for'}")
+    for device in devices:
+        for operation in backends.OPERATIONS:
+            _print_choice(operation, device, "" if len(devices) == 1 else f" on {device}")
     print("\nsettings")
     for name, variable in settings.VARIABLES.items():
         print(f"  {variable.environment} = {settings.get(name)}: {variable.meaning}")
     return 0
+
+
+def _print_choice(operation: str, device: str, where: str) -> None:
+    """Which backend serves an operation on a device, and of each other one, what keeps it from doing so."""
+    from . import backends
+
+    try:
+        choice = backends.choose(operation, device=device)
+    except ValueError as error:  # the environment asks for one that can't
+        print(f"  {operation}{where}: none ({error})")
+        return
+    print(f"  {operation}{where}: {choice.backend.name} ({choice.reason})")
+    for other in backends.BACKENDS:
+        if other == choice.backend or operation not in other.operations:
+            continue
+        only = "" if other.automatic else "; only when asked for"
+        reason = other.unsupported(operation, None, device=device)
+        obstacle = "" if reason is None else f"; not here: {reason}"
+        print(f"    else {other.name}: {other.summary}{only}{obstacle}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""What `bench gpu` runs, in which order, and the time that there is for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sbert_kernels.benchmarks import contrastive, ranking
+from sbert_kernels.benchmarks.contrastive import FOUR_DIRECTIONS, MNR
+
+PARITY_ROWS = 1000  # no multiple of any tile
+MATRYOSHKA = (768, 512, 256, 128, 64)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of a report. Fewer peers than there are make a short job of it."""
+
+    kind: str  # one of KINDS
+    case: contrastive.Case | ranking.Case
+    peers: bool = True
+    mask: bool = False  # every two rows have the same document, which is no negative
+
+    @property
+    def precision(self) -> str:
+        return getattr(self.case, "precision", "highest")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return contrastive.DTYPES[self.case.dtype]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What every row of a report begins with."""
+        rows = self.case.rows if isinstance(self.case, ranking.Case) else self.case.batch
+        return {"case": self.name, "N": rows, "D": self.case.dim, "dtype": self.case.dtype}
+
+    @property
+    def name(self) -> str:
+        case = self.case
+        if isinstance(case, ranking.Case):
+            return f"{'+'.join(case.losses)} {case.size} {case.dtype}"
+        options = [f"{case.negatives} negatives"] if case.negatives else []
+        options += [f"{key} {value}" for key, value in case.options.items() if key != "directions"]
+        options += [f"{case.terms} directions"] if case.terms > 1 else []
+        options += ["mask"] if self.mask else []
+        options += [f"prefixes {','.join(map(str, case.dims))}"] if case.dims else []
+        kind = case.dtype if case.dtype != "float32" else f"float32 {case.precision}"
+        return ", ".join([f"N={case.batch} D={case.dim} {kind}", *options])
+
+
+def in_batch(rows: int, dim: int, dtype: str = "bfloat16", **values: Any) -> contrastive.Case:
+    """A case of the in-batch-negatives loss."""
+    return contrastive.Case(MNR, rows, rows, dim=dim, dtype=dtype, **values)
+
+
+KINDS = {
+    "parity": "errors beside eager's, both against float64",
+    "contrastive": "time of the in-batch loss",
+    "memory": "peak extra memory of the in-batch loss",
+    "losses": "time of the ranking losses and of Matryoshka",
+}
+OURS_COLUMN = {"parity": "tiled error", "contrastive": "ours ms", "memory": "ours MiB", "losses": "ours ms"}
+# Seconds that have to be left for a job to begin: what it may take, so that the last one ends in time.
+LEAST_SECONDS = {"parity": 5.0, "contrastive": 20.0, "memory": 30.0, "losses": 10.0}
+
+
+def plan(quick: bool = False) -> list[Job]:
+    """The jobs, the most important first."""
+    float32 = {"dtype": "float32"}
+    parity = [
+        Job("parity", in_batch(PARITY_ROWS, 384, **kind, **options), mask=mask)
+        for kind in ({}, float32, {**float32, "precision": "high"})
+        for options, mask in (
+            ({}, False),
+            ({"negatives": 3}, False),
+            ({"options": {"directions": FOUR_DIRECTIONS}, "terms": 4}, False),
+            ({"options": {"scale": 100.0}, "scale": 100.0}, False),
+            ({}, True),
+            ({"dims": (384, 128, 64)}, False),
+        )
+        if kind.get("precision") != "high" or not (options or mask)
+    ]
+    parity += [
+        Job("parity", ranking.Case((loss,), PARITY_ROWS, dtype=dtype))
+        for dtype in ("bfloat16", "float32")
+        for loss in (ranking.COSENT, ranking.ANGLE)
+    ]
+    if quick:
+        return [*parity, *(Job("contrastive", in_batch(rows, 768)) for rows in (65536, 4096))]
+
+    def matryoshka(rows: int) -> Job:
+        return Job("losses", in_batch(rows, MATRYOSHKA[0], dims=MATRYOSHKA))
+
+    def pairs(loss: str, rows: int, dim: int | None = 384) -> Job:
+        return Job("losses", ranking.Case((loss,), rows, dim=dim))
+
+    high = {**float32, "precision": "high"}
+    return [
+        *parity,
+        Job("contrastive", in_batch(65536, 768)),
+        Job("memory", in_batch(65536, 768)),
+        Job("contrastive", in_batch(262144, 768)),
+        *(Job("contrastive", in_batch(rows, 768)) for rows in (16384, 4096)),
+        Job("contrastive", in_batch(1024, 768), peers=False),
+        matryoshka(16384),
+        *(pairs(loss, 8192) for loss in (ranking.COSENT, ranking.ANGLE)),
+        Job("memory", in_batch(262144, 768)),
+        *(Job("contrastive", in_batch(rows, dim)) for dim in (384, 1024) for rows in (65536, 16384, 4096)),
+        *(pairs(loss, rows) for rows in (65536, 1024) for loss in (ranking.COSENT, ranking.ANGLE)),
+        *(pairs(ranking.COSENT, rows, None) for rows in (1024, 8192, 65536, 1048576)),
+        matryoshka(65536),
+        *(Job("contrastive", in_batch(rows, 768, **high)) for rows in (16384, 4096)),
+        *(Job("contrastive", in_batch(rows, 768, **float32)) for rows in (16384, 4096)),
+        *(Job("memory", in_batch(rows, 768)) for rows in (16384, 4096)),
+        *(Job("contrastive", in_batch(262144, dim), peers=False) for dim in (384, 1024)),
+        *(Job("contrastive", in_batch(1024, 768, **kind), peers=False) for kind in (high, float32)),
+        *(Job("contrastive", in_batch(rows, dim, **high)) for dim in (384, 1024) for rows in (16384, 4096)),
+        *(Job("contrastive", in_batch(rows, dim, **float32)) for dim in (384, 1024) for rows in (16384, 4096)),
+        *(Job("contrastive", in_batch(65536, dim, **high)) for dim in (768, 384, 1024)),
+        *(Job("contrastive", in_batch(262144, dim, **high), peers=False) for dim in (768, 384, 1024)),
+    ]
+
+
+class Budget:
+    """Seconds from now on; `clock` is read for the time."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._end = clock, clock() + seconds
+
+    def left(self) -> float:
+        return self._end - self._clock()
+
+
+class Pace:
+    """How long calls took, to foresee those of other sizes: time grows with the square of N."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Any, ...], tuple[int, float]] = {}
+
+    def note(self, name: str, case: contrastive.Case, seconds: float) -> None:
+        self._seen[name, case.dim, case.dtype, case.precision] = case.batch, seconds
+
+    def seconds(self, name: str, case: contrastive.Case) -> float:
+        """What a call should take; 0 where nothing alike has been seen."""
+        rows, seconds = self._seen.get((name, case.dim, case.dtype, case.precision), (case.batch, 0.0))
+        return seconds * (case.batch / rows) ** 2
