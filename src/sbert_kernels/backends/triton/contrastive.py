@@ -30,7 +30,7 @@ from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs
 from . import cost_model, tuning
 from .call import Call
 from .launching import Target, target_of
-from .traits import bounded, chunk_rows, masked, products_of
+from .traits import bounded, chunk_rows, crowded, products_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def predicted_seconds(problem: ContrastiveProblem, needs: Needs, target: Target)
                 bounded=bounded(problem) and products.lift == 0 and problem.duplicates != "positive",
                 gradients=any(needs[:3]),
                 fma=products.fma,
-                crowded=masked(problem) or problem.guided or products.split,
+                crowded=crowded(problem, products),
                 chunk_rows=chunk_rows(problem, products, len(problem.queries)),
             ).seconds(card, products.kind)
             for term in problem.terms()

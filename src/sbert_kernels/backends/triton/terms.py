@@ -13,7 +13,7 @@ from . import softmax, tuning
 from .launching import launch
 from .operands import Operand, add_product
 from .sweep import sweep
-from .traits import bounded, chunk_rows, masked
+from .traits import bounded, chunk_rows, crowded, masked
 
 if TYPE_CHECKING:
     from .call import Call
@@ -245,8 +245,7 @@ class Softmax:
         return self.unshifted and self._slice_width() >= self.call.dims[-1]
 
     def _slice_width(self) -> int:
-        crowded = self.masked or self.call.guide is not None or self.products.split
-        return tuning.slice_width(self.call.dims[-1], self.products.fma, crowded)
+        return tuning.slice_width(self.call.dims[-1], self.products.fma, crowded(self.call.problem, self.products))
 
     def _plan(self, term: Term, n_own: int, of_columns: bool, gradient: bool, weights: bool) -> _Plan:
         call = self.call

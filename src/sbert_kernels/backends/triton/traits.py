@@ -32,6 +32,11 @@ def masked(problem: ContrastiveProblem) -> bool:
     return problem.duplicates != "keep" or problem.hardness > 0
 
 
+def crowded(problem: ContrastiveProblem, products: Products) -> bool:
+    """Whether masks, a guide or products in parts leave fewer registers to a gradient."""
+    return masked(problem) or problem.guided or products.split
+
+
 def chunk_rows(problem: ContrastiveProblem, products: Products, n: int) -> int:
     """Rows whose weights fit into the byte budget; a multiple of 128, which is a block's.
 
