@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,34 @@ def test_what_is_added_is_a_term_of_its_own() -> None:
 def test_other_arithmetic_raises(formula: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError, match="Components"):
         formula(terms())
+
+
+def test_a_training_loop_of_ones_own_treats_it_as_a_tensor() -> None:
+    a, b = (torch.tensor(value, requires_grad=True) for value in (1.0, 2.5))
+    loss = Components(a=a * 2, b=b)
+    loss.backward(retain_graph=True)
+    assert (a.grad, b.grad) == (2.0, 1.0)
+    assert loss.item() == float(loss) == loss.detach().item() == loss.mean().item() == 4.5
+    assert f"{loss:.2f}" == "4.50"
+    assert not loss.detach().requires_grad
+    assert (loss.dtype, loss.device, loss.dim(), loss.numel()) == (torch.float32, torch.device("cpu"), 0, 1)
+    assert torch.isfinite(loss)
+    assert torch.isnan(loss * float("nan"))
+    (loss / 4).backward()
+    assert (a.grad, b.grad) == (2.5, 1.25)
+
+
+def test_what_else_a_tensor_has_says_where_it_is() -> None:
+    with pytest.raises(AttributeError, match=r"dictionary, which has no 'register_hook': .* is loss\.total\(\)"):
+        terms().register_hook(print)
+    with pytest.raises(TypeError, match=r"exp does not take the Components of a loss: give loss\.total\(\)"):
+        torch.exp(terms())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_terms_are_copied(copied: Callable[[Any], Any]) -> None:
+    assert type(copied(terms())) is Components
+    assert copied(terms()) == terms()
 
 
 def test_terms_pickle() -> None:

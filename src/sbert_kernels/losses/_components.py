@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What a training loop of one's own does with a loss, done to the sum of its terms.
+OF_THE_SUM = frozenset(
+    ("backward", "item", "detach", "tolist", "numpy", "cpu", "mean", "sum", "isnan", "isinf", "isfinite", "dim")
+) | {"numel", "dtype", "device", "shape", "requires_grad", "grad_fn"}
+
 # The term that holds what a wrapper adds to the loss, such as AdaptiveLayerLoss's divergence between layers.
 ADDED = "added_by_wrapper"
 
 
 class Components(dict[str, Tensor]):
     """0-d tensors by name whose sum is the loss, as the Trainer takes and logs them.
+
+    Where a script of one's own treats a loss as a tensor (``loss.backward()``, ``loss.item()``, ``float(loss)``, ...),
+    that is done to their sum.
 
     Times or divided by a number, plus others: what MatryoshkaLoss and AdaptiveLayerLoss do with a loss is done to its
     terms, so that their sum is always the same as if it had been done to the sum. Any other arithmetic is a TypeError.
@@ -23,7 +31,28 @@ class Components(dict[str, Tensor]):
     __array_ufunc__ = None  # a numpy number leaves the arithmetic to this class
 
     def total(self) -> Tensor:
+        """Returns the sum of the terms, which is the loss, as a 0-d tensor."""
         return torch.stack(list(self.values())).sum()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_THE_SUM:
+            return getattr(self.total(), name)
+        raise AttributeError(
+            f"a loss of several terms is a dictionary, which has no {name!r}: its sum, a tensor, is loss.total()."
+        )
+
+    def __float__(self) -> float:
+        return self.total().item()
+
+    def __format__(self, form: str) -> str:
+        return format(self.total(), form) if form else super().__format__(form)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in (torch.isnan, torch.isinf, torch.isfinite):
+            # Of an operator, torch leaves it to this class then.
+            raise TypeError(f"{function.__name__} does not take the Components of a loss: give loss.total().")
+        return function(args[0].total(), *args[1:], **(kwargs or {}))
 
     def __mul__(self, factor: Any) -> Components:
         return Components({name: value * factor for name, value in self.items()}) if _scalar(factor) else NotImplemented
