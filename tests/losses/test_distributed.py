@@ -97,6 +97,36 @@ def cached(gather: bool, columns: list[dict[str, Tensor]], mini_batch_size: int)
     return [value, *(torch.cat([part.grad for part in column]) for column in reps)]
 
 
+def several_losses(rank: int, mine: list[dict[str, Tensor]]) -> list[Tensor | None]:
+    """Gradients of the scales of three losses after a step in which each rank ran one of its own, and none the last."""
+    scales = [nn.Parameter(torch.tensor([9.0], dtype=torch.float64)) for _ in range(3)]
+    of_data_sets = [plain(losses, False, scale=scale) for scale in scales]
+    run(of_data_sets[rank], mine)
+    torch.optim.SGD([scales[2], scales[0], scales[1]], lr=0.0).step()
+    return [scale.grad for scale in scales]
+
+
+def refusals(rank: int, mine: list[dict[str, Tensor]]) -> list[str]:
+    """What each rank hears where the ranks run different losses, or batches of different shapes."""
+    scores = mine[0]["embedding"][:, 0]
+    heard = []
+    for attempt in (
+        lambda: (
+            run(plain(losses, True), mine)
+            if rank
+            else losses.CoSENTLoss(Embedded("embedding"), gather_across_devices=True).rank_scores(scores, scores)
+        ),
+        lambda: run(plain(losses, True) if rank else gist(losses, True), mine),
+        lambda: run(plain(losses, True), mine[: 2 + rank]),
+        lambda: run(plain(losses, True), [{k: v[: 4 + rank] for k, v in column.items()} for column in mine]),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            heard.append(str(error))
+    return heard
+
+
 def worker(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
@@ -119,12 +149,17 @@ def worker(rank: int, world: int, folder: str) -> None:
     for name, gather in (("scale gathered", True), ("scale alone", False)):
         loss = plain(losses, gather, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
         run(loss, mine)
+        results[f"{name}, own"] = [loss.scale.grad.clone()]
+        torch.optim.SGD([loss.scale], lr=0.0).step()
         results[name] = [loss.scale.grad]
     scale = nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
     loss = losses.CachedMultipleNegativesRankingLoss(Embedded("embedding"), scale, gather_across_devices=True)
     value = loss.calculate_loss([[column["embedding"].clone().requires_grad_()] for column in mine], with_backward=True)
     value.backward()
+    torch.optim.SGD([scale], lr=0.0).step()
     results["scale cached"] = [scale.grad]
+    results["several losses"] = several_losses(rank, mine)
+    results["refused"] = refusals(rank, mine)
     collectives = {}
     for size in (1, 5):
         counted.clear()
@@ -164,14 +199,40 @@ def test_each_rank_equals_stock_on_that_rank(ranks: Any, close: Any, name: str) 
 
 @pytest.mark.parametrize("name", ["scale gathered", "scale alone", "scale cached"])
 def test_a_learnable_scale_gets_the_same_gradient_on_every_rank(ranks: Any, name: str) -> None:
-    """The loss is not in the data-parallel wrapper, which averages the gradients of the model alone."""
+    """The loss is not in the data-parallel wrapper, which averages the gradients of the model alone: the optimizer's
+    step does it, and no backward pass, in which other ranks may be with another loss."""
     first, second = (results[name][0] for results, _ in ranks)
     assert torch.equal(first, second)
     assert first != 0
+    if name != "scale cached":
+        own = [results[f"{name}, own"][0] for results, _ in ranks]
+        assert not torch.equal(*own)
+        torch.testing.assert_close(first, sum(own) / WORLD)
     if name == "scale gathered":
         loss = plain(losses, False, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
         run(loss, union())
         torch.testing.assert_close(first, loss.scale.grad)
+
+
+def test_losses_that_ranks_ran_by_turns_are_averaged_with_zeros(ranks: Any) -> None:
+    """A loss that a rank did not run counts as 0 there; one that none ran is left alone by the optimizer."""
+    expected = []
+    for rank in range(WORLD):
+        loss = plain(losses, False, scale=nn.Parameter(torch.tensor([9.0], dtype=torch.float64)))
+        run(loss, [{k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in column.items()} for column in union()])
+        expected.append(loss.scale.grad / WORLD)
+    for results, _ in ranks:
+        torch.testing.assert_close(results["several losses"], [*expected, None])
+
+
+def test_every_rank_learns_that_the_ranks_run_different_losses(ranks: Any) -> None:
+    """One that did not would wait for the others for ever, or read their numbers as what they are not."""
+    told = [results["refused"] for results, _ in ranks]
+    assert told[0] == told[1]
+    assert "for ['a ranking loss', 'an in-batch loss']" in told[0][0]
+    assert "for ['a GIST loss', 'an in-batch loss']" in told[0][1]
+    assert "got ['2 columns of [5, 6] torch.float64', '3 columns of [5, 6] torch.float64']" in told[0][2]
+    assert "got ['3 columns of [4, 6] torch.float64', '3 columns of [5, 6] torch.float64']" in told[0][3]
 
 
 def test_collectives_do_not_grow_with_the_number_of_mini_batches(ranks: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sbert_kernels import losses
 from sbert_kernels.losses import WeightedLoss
+from sbert_kernels.losses.weighted import component_names
 
 LABELS = torch.tensor([0.1, 0.9, 0.4, 0.4, 0.7, 0.0, 1.0], dtype=torch.float64)
 CACHED = [{}, {"mini_batch_size": 3}, {"mini_batch_num_tokens": 20}]
@@ -225,6 +226,8 @@ def test_under_wrappers(
         random.seed(3)
         results.append(gradients(WRAPPERS[wrapper](model, inner), texts(model), [scale, weight], factor=0.5))
     close(*results, replayed=bool(options))
+    loss = WRAPPERS[wrapper](model, WeightedLoss(model, entries, **options))
+    assert component_names(loss) == list(loss(texts(model), LABELS))
 
 
 @replayed
@@ -260,7 +263,12 @@ def test_a_subclass_may_compute_several_at_once_and_leave_some_out(bert: Any, te
     for options in CACHED[:2]:
         result = Mine(model, mixed(model), **options)(texts(model), None)
         expected = {"cosine": -2 * model(texts(model)[0])["sentence_embedding"].sum()}
-        assert list(result) == ["cosine", "ranking"]
+        assert {name: bool(value) for name, value in result.items()} == {
+            "ranking": True,
+            "cosine": True,
+            "stock_ranking": False,
+            "spread": False,
+        }
         assert torch.allclose(result["cosine"], expected["cosine"])
 
 

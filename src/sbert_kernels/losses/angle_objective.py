@@ -33,7 +33,8 @@ class AnglEObjective(WeightedLoss):
 
     * (a, b) with scores: all three terms. The rows whose score is at least ``positive_threshold`` are the anchors of
       the in-batch term, which is 0 if there is none; the texts of the other rows are candidates only.
-    * (anchor, positive): the in-batch term only, which is logged once; there is no order to learn.
+    * (anchor, positive): the in-batch term only, which is logged once; there is no order to learn, and the other two
+      are 0.
     * (anchor, positive, negatives...): all three terms. A pair with the positive has the label 1 (or the row's score,
       if there is one), a pair with a negative 1 minus that; the negatives are candidates of the in-batch term.
 
@@ -138,7 +139,10 @@ class AnglEObjective(WeightedLoss):
                 f"{type(self).__name__} with ibn_weight=0 has nothing to compute for (anchor, positive) pairs without "
                 "scores: give scores, negatives, or the in-batch term a weight."
             )
-        return {name: values[name] for name in self.losses if name in values}
+        return values
+
+    def component_names(self) -> list[str]:
+        return [name for name in self.losses if self._active(name)]
 
     def _ranked(
         self, names: list[str], anchors: Tensor, columns: list[Tensor], labels: Tensor | None

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..gradcache.packing import MiniBatch
 from ..gradcache.stage import backward_to_embeddings
 from ._cached import GradientCached
+from ._learned import LearnsValues
 from ._prefixes import WHOLE, Prefixes
 from ._scale import learnable, plain_scale
 from ._serving import serves
 from .gist_embed import changed_computation, guided_loss
 
 
-class CachedGISTEmbedLoss(GradientCached, stock.CachedGISTEmbedLoss):
+class CachedGISTEmbedLoss(GradientCached, LearnsValues, stock.CachedGISTEmbedLoss):
     """Stock's CachedGISTEmbedLoss (see there for the arguments) with a fused loss stage and our gradient cache.
 
     The loss stage is one call over the whole batch, without chunks, and gathers across devices once. ``packing``,

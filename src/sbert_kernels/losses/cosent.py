@@ -14,13 +14,14 @@ from torch import Tensor
 from ..logs import log_once
 from ..ops.pairwise import pairwise_similarity
 from ..ops.ranking import ranking_loss
+from ._learned import LearnsValues
 from ._scale import as_scale, plain_scale
 from ._serving import pairwise_similarity_of, serves, unsupported_embeddings
 
 logger = logging.getLogger(__name__)
 
 
-class CoSENTLoss(cosent.CoSENTLoss):
+class CoSENTLoss(LearnsValues, cosent.CoSENTLoss):
     """Stock's CoSENTLoss (see there for the arguments), from one read of the embeddings.
 
     Values and gradients are stock's to rounding. Scores of any other ``similarity_fct`` than ``pairwise_cos_sim``,

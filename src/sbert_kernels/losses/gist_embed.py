@@ -12,13 +12,15 @@ from sentence_transformers.sentence_transformer.losses import gist_embed as stoc
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
+from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
+from ._learned import LearnsValues
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
 from ._serving import serves
 
 
-class GISTEmbedLoss(stock.GISTEmbedLoss):
+class GISTEmbedLoss(LearnsValues, stock.GISTEmbedLoss):
     """Stock's GISTEmbedLoss (see there for the arguments) as matrix products, in blocks.
 
     Stock broadcasts every pair of vectors into an N x N x D tensor; here the model's and the guide's similarities of a
@@ -80,6 +82,7 @@ def guided_loss(
     guide_anchors, *guide_documents = guide_embeddings
     offset = 0
     if loss.gather_across_devices:
+        check_batches("a GIST loss", embeddings)
         documents = [namespace.all_gather_with_grad(column) for column in documents]
         guide_documents = [namespace.all_gather_with_grad(column) for column in guide_documents]
         offset = namespace.get_rank() * len(anchors)

@@ -20,7 +20,9 @@ from typing_extensions import deprecated
 
 from .. import settings
 from ..backends.problem.contrastive import DUPLICATES
+from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
+from ._learned import LearnsValues
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, plain_scale
@@ -36,7 +38,7 @@ def check_duplicates(duplicates: str) -> str:
     return duplicates
 
 
-class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(LearnsValues, stock.MultipleNegativesRankingLoss):
     """Stock's MultipleNegativesRankingLoss (see there for the arguments), without its N x N matrices.
 
     Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
@@ -142,6 +144,7 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         query_ids, document_ids = self._column_ids(embeddings)
         all_queries, offset = None, 0
         if self.gather_across_devices:
+            check_batches("an in-batch loss", embeddings)
             all_queries = namespace.all_gather_with_grad(queries)
             documents = [namespace.all_gather_with_grad(column) for column in documents]
             offset = namespace.get_rank() * len(queries)

@@ -17,6 +17,7 @@ from sentence_transformers.base.losses.gradcache import (
     uses_gradient_cache,
 )
 from sentence_transformers.base.model import BaseModel
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
 from torch import Tensor, nn
 
@@ -24,13 +25,14 @@ from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
 from ._cached import GradientCached
 from ._components import ADDED, Components
+from ._learned import LearnsValues
 from ._scale import as_scale, learnable
 
 # What the Trainer itself logs or counts beside the terms of a loss.
 TAKEN = frozenset({"loss", "steps", "epoch", "grad_norm", "learning_rate", ADDED})
 
 
-class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
+class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
     """The weighted sum of several losses, from one encoding of the batch.
 
     Each loss gets the same embeddings and the same labels. The result is a dictionary of the weighted terms: the
@@ -116,18 +118,32 @@ class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
             total = self.run_cached(sentence_features, stage)
             return found[0].driven_by(total)
 
-    def components(self, embeddings: list[Tensor], labels: Tensor | None) -> Mapping[str, Any]:
-        """The values by name, not weighted yet, from one column of embeddings [B, D] for each of the inputs.
+    def learned_values(self) -> dict[str, Tensor]:
+        weights = {f"weights.{name}": weight for name, weight in self.weights.items() if learnable(weight)}
+        return super().learned_values() | weights
 
-        A subclass may compute several at once here, or leave out those that this batch has no use for.
+    def component_names(self) -> list[str]:
+        """Returns the names of the terms, which are the same ones in the same order for every batch.
+
+        The Trainer gathers the terms over the ranks one after the other, and the ranks may have batches of different
+        formats in one step.
+        """
+        return list(self.losses)
+
+    def components(self, embeddings: list[Tensor], labels: Tensor | None) -> Mapping[str, Any]:
+        """Returns the values by name, not weighted yet, from one column of embeddings [B, D] for each of the inputs.
+
+        A subclass may compute several at once here, or leave out those that this batch has no use for, which are 0.
         """
         return {name: loss.compute_loss_from_embeddings(list(embeddings), labels) for name, loss in self.losses.items()}
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Components:
+        values = {name: _value(name, value) for name, value in self.components(embeddings, labels).items()}
+        absent = torch.zeros_like(next(iter(values.values())))
         return Components(
             {
-                name: self._weight(name) * _value(name, value)
-                for name, value in self.components(embeddings, labels).items()
+                name: self._weight(name) * values[name] if name in values else absent.clone()
+                for name in self.component_names()
             }
         )
 
@@ -180,6 +196,15 @@ class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
         if not citations:
             raise AttributeError(f"no loss of this {type(self).__name__} has a citation.")
         return "".join(dict.fromkeys(citations))
+
+
+def component_names(loss: Any) -> list[str]:
+    """Returns the names of the terms that a loss gives, with those that a wrapper around it adds; [] of a scalar."""
+    if isinstance(loss, WeightedLoss):
+        return loss.component_names()
+    names = component_names(loss.loss) if hasattr(loss, "loss") else []
+    adds = isinstance(loss, AdaptiveLayerLoss) and loss.kl_temperature > 0
+    return [*names, ADDED] if names and adds else names
 
 
 def _value(name: str, value: Any) -> Tensor:

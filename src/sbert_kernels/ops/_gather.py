@@ -1,7 +1,11 @@
-"""The pairs of all ranks for a ranking loss: three numbers a pair travel, in one collective, never an embedding."""
+"""What ranks tell each other before they gather, and the pairs of all ranks for a ranking loss.
+
+Of a pair only three numbers travel, in one collective, never an embedding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +14,54 @@ from torch import Tensor
 
 # Sent along, so that ranks that disagree all find out, and none reads another's bits as what they are not.
 KINDS = (None, torch.int64, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+GATHERING = ("an in-batch loss", "a GIST loss", "a ranking loss")
+
+
+def several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def tell(what: str, device: torch.device, *numbers: int) -> list[list[int]]:
+    """Returns the numbers of every rank, after a check that all ranks are about to gather for the same kind of loss.
+
+    Ranks may have batches of different data sets in one step, and so run different losses: their collectives would
+    meet, and end in a hang, an abort or wrong numbers.
+
+    Args:
+        what: One of :data:`GATHERING`.
+        numbers: At most 4.
+
+    Raises:
+        ValueError: the losses differ; on every rank.
+    """
+    if "cpu" in dist.get_backend_config():  # no wait for a GPU
+        device = torch.device("cpu")
+    header = torch.zeros(5, dtype=torch.int64, device=device)
+    header[: 1 + len(numbers)] = torch.tensor([GATHERING.index(what), *numbers])
+    told = _all_gather(header).tolist()  # (W, 5)
+    kinds = [GATHERING[row[0]] for row in told]
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            "gather_across_devices needs the same loss on every rank in every step, but the ranks are about to gather "
+            f"for {kinds}: batches of different data sets or formats met in one step."
+        )
+    return [row[1 : 1 + len(numbers)] for row in told]
+
+
+def check_batches(what: str, columns: Sequence[Tensor]) -> None:
+    """Checks that every rank gathers columns [N, D] of the same number, shape and dtype; does nothing on one rank.
+
+    Raises:
+        ValueError: they differ; on every rank.
+    """
+    if not several_ranks() or torch.compiler.is_compiling():
+        return
+    first = columns[0]
+    told = tell(what, first.device, len(columns), *first.shape, KINDS.index(first.dtype))
+    if any(other != told[0] for other in told):
+        described = [f"{count} columns of [{rows}, {width}] {KINDS[kind]}" for count, rows, width, kind in told]
+        raise ValueError(f"gather_across_devices needs batches of the same shape on every rank, got {described}.")
 
 
 def gather_rows(
@@ -27,13 +79,13 @@ def gather_rows(
     Raises:
         ValueError: the ranks disagree on a dtype or on whether there are weights; on every rank.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_ranks():
         return scores, labels, weights
     # uint64 was moved to int64, where it is not to be compared with what was int64 before.
     label_kind = label_dtype if label_dtype == torch.uint64 else labels.dtype
     kind = [KINDS.index(dtype) for dtype in (scores.dtype, label_kind, None if weights is None else weights.dtype)]
-    told = _all_gather(torch.tensor([len(scores), *kind], device=scores.device))  # (W, 4)
-    counts, kinds = told[:, 0].tolist(), told[:, 1:].tolist()
+    told = tell("a ranking loss", scores.device, len(scores), *kind)
+    counts, kinds = [row[0] for row in told], [row[1:] for row in told]
     if any(other != kind for other in kinds):
         described = [
             ", ".join(f"{name}: {KINDS[k]}" for name, k in zip(("scores", "labels", "weights"), other, strict=True))
