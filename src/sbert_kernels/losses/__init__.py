@@ -4,6 +4,7 @@ A class that stock has too subclasses it and overrides the computation only, so 
 cards and whatever else looks at a loss keep working.
 """
 
+from ._trainer import follow_trainers
 from .angle_objective import AnglEObjective
 from .cached_cosent import CachedAnglELoss, CachedCoSENTLoss
 from .cached_gist_embed import CachedGISTEmbedLoss
@@ -17,6 +18,9 @@ from .matryoshka import MatryoshkaLoss
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss
 from .sparse_cosent import SparseAnglELoss, SparseCoSENTLoss
 from .weighted import WeightedLoss
+
+# Before any Trainer is made: a loss may be built inside of one.
+follow_trainers()
 
 __all__ = [
     "AnglELoss",
