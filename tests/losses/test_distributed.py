@@ -106,6 +106,17 @@ def several_losses(rank: int, mine: list[dict[str, Tensor]]) -> list[Tensor | No
     return [scale.grad for scale in scales]
 
 
+def sharded_optimizer(mine: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Gradients of two scales after the step of an optimizer that has each rank step a share of them."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    scales = [nn.Parameter(torch.tensor([9.0], dtype=torch.float64)) for _ in range(2)]
+    for loss in [plain(losses, False, scale=scale) for scale in scales]:
+        run(loss, mine)
+    ZeroRedundancyOptimizer(scales, torch.optim.SGD, lr=0.0).step()
+    return [scale.grad for scale in scales]
+
+
 def refusals(rank: int, mine: list[dict[str, Tensor]]) -> list[str]:
     """What each rank hears where the ranks run different losses, or batches of different shapes."""
     scores = mine[0]["embedding"][:, 0]
@@ -159,6 +170,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     torch.optim.SGD([scale], lr=0.0).step()
     results["scale cached"] = [scale.grad]
     results["several losses"] = several_losses(rank, mine)
+    results["sharded optimizer"] = sharded_optimizer(mine)
     results["refused"] = refusals(rank, mine)
     collectives = {}
     for size in (1, 5):
@@ -223,6 +235,13 @@ def test_losses_that_ranks_ran_by_turns_are_averaged_with_zeros(ranks: Any) -> N
         expected.append(loss.scale.grad / WORLD)
     for results, _ in ranks:
         torch.testing.assert_close(results["several losses"], [*expected, None])
+
+
+def test_an_optimizer_that_is_sharded_over_ranks_averages_once(ranks: Any) -> None:
+    """Its inner step runs for the values of one rank alone, where nobody else would take part."""
+    first, second = (results["sharded optimizer"] for results, _ in ranks)
+    mean = ranks[0][0]["scale alone"][0].reshape(1)
+    torch.testing.assert_close([first, second], [[mean, mean], [mean, mean]])
 
 
 def test_every_rank_learns_that_the_ranks_run_different_losses(ranks: Any) -> None:

@@ -129,17 +129,29 @@ def test_a_resumed_training_equals_one_in_one_go_to_the_bit(
     assert all(value.item() not in (20.0, 1.0) for value in learned_values(loss).values())
 
 
-def test_the_log_and_the_model_card_have_the_values_of_now(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "data", "names"),
+    [
+        (one, pairs(), ["scale"]),
+        (by_data_set, DatasetDict(a=pairs(), b=scored()), ["a.in_batch.scale", "b.scale"]),
+    ],
+    ids=["one", "by data set"],
+)
+def test_the_log_and_the_model_card_have_the_values_of_now(
+    tmp_path: Path, make: Callable[[Any], Any], data: Any, names: list[str]
+) -> None:
     model = static_model()
-    loss = one(model)
-    trainer = train(loss, model, tmp_path)
-    values = [line["scale"] for line in log_of(trainer)]
-    assert len(set(values)) == STEPS
-    assert values[-1] == pytest.approx(loss.scale.item(), rel=1e-5)
+    loss = make(model)
+    trainer = train(loss, model, tmp_path, data=data, multi_dataset_batch_sampler="round_robin")
+    values = [[line[name] for name in names] for line in log_of(trainer)]
+    assert values[0] != values[2] != values[5]
+    now = learned_values(nn.ModuleDict(loss) if isinstance(loss, dict) else loss)
+    assert values[-1] == [pytest.approx(now[name].item(), rel=1e-5) for name in names]
     model.save_pretrained(str(tmp_path / "final"))
     for folder, steps in (("checkpoint-3", 3), ("checkpoint-6", 6), ("final", 6)):
-        (shown,) = re.findall(r'^ +"scale": ([0-9.]+),$', (tmp_path / folder / "README.md").read_text(), re.MULTILINE)
-        assert float(shown) == pytest.approx(values[steps - 1], rel=1e-5)
+        card = (tmp_path / folder / "README.md").read_text()
+        shown = re.findall(r'^ +"scale": ([0-9.]+),$', card, re.MULTILINE)
+        assert [float(text) for text in shown] == [pytest.approx(value, rel=1e-5) for value in values[steps - 1]]
 
 
 def test_values_are_named_by_where_they_are() -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..ops._gather import several_ranks
 
@@ -91,11 +91,17 @@ def _is_learned(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and value.numel() == 1
 
 
+# The optimizer whose step runs now. Within it, others may step a share of the values that each rank alone holds.
+_stepping: Optimizer | None = None
+
+
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Averages what the losses of ours learn, where this optimizer is about to change it."""
-    if not several_ranks():
+    global _stepping
+    if not several_ranks() or _stepping not in (None, optimizer):
         return
+    _stepping = optimizer
     ours = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
     # In the optimizer's order, which is the same on every rank.
     learned = [value for group in optimizer.param_groups for value in group["params"] if id(value) in ours]
@@ -103,4 +109,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         average_over_ranks(learned)
 
 
+@torch.compiler.disable
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global _stepping
+    if _stepping is optimizer:
+        _stepping = None
+
+
 register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
