@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sbert_kernels import GradCache
+from sbert_kernels.gradcache.options import Options
 
 
 class Tokens(nn.Module):
@@ -516,8 +518,12 @@ def test_an_empty_column_is_refused() -> None:
             GradCache(Tokens(), lambda embeddings: sum(e.sum() for e in embeddings), packing=packing)([first, empty])
 
 
-def test_integers_of_numpy_are_integers() -> None:
-    GradCache(Tokens(), contrast, mini_batch_size=np.int64(3), mini_batch_num_tokens=np.int32(9))(two_columns())
+@pytest.mark.parametrize("three", [3.0, np.int64(3), np.array([3]), torch.tensor(3), Decimal(3)], ids=repr)
+def test_whatever_equals_an_integer_is_one(three: Any) -> None:
+    options = Options(three, three, activation_budget=three)
+    assert options == Options(3, 3, activation_budget=3)
+    numbers = (options.mini_batch_size, options.mini_batch_num_tokens, options.activation_budget)
+    assert [type(number) for number in numbers] == [int] * 3
 
 
 def test_a_column_that_the_loss_does_not_read_is_refused() -> None:
@@ -538,6 +544,9 @@ def static_features() -> dict[str, Tensor]:
         ({"packing": "foo"}, r"packing.*'foo'"),
         ({"mini_batch_size": 0}, "mini_batch_size.*0"),
         ({"mini_batch_size": 2.5}, "mini_batch_size.*2.5"),
+        ({"mini_batch_size": "3"}, "mini_batch_size.*'3'"),
+        ({"mini_batch_size": torch.tensor([3, 3])}, "mini_batch_size.*3, 3"),
+        ({"mini_batch_num_tokens": float("inf")}, "mini_batch_num_tokens.*inf"),
         ({"mini_batch_num_tokens": 0}, "mini_batch_num_tokens"),
         ({"activation_budget": -1}, "activation_budget.*-1"),
         ({"activation_budget": "all"}, "activation_budget.*'all'"),

@@ -482,6 +482,20 @@ def test_bad_options_are_named(bert: Any, name: str, options: dict[str, Any], me
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_whatever_equals_an_integer_is_a_mini_batch(bert: Any, name: str) -> None:
+    """As in stock, whose arithmetic takes them; the loss shows the integer."""
+    model, guide = bert(), bert() if name == "guided" else None
+    loss = around(name, "none", model, guide, mini_batch_size=torch.tensor(3), mini_batch_num_tokens=1e4)
+    shown = loss.get_config_dict()
+    for key, number in (("mini_batch_size", 3), ("mini_batch_num_tokens", 10_000)):
+        assert type(shown[key]) is int
+        assert shown[key] == number
+    loss.mini_batch_num_tokens = None
+    loss.mini_batch_size = True
+    assert value_of(loss, batch(model, 3)).isfinite()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_options_that_are_set_are_kept_and_shown(bert: Any, name: str) -> None:
     """In the configuration, and by copies; those that are not set leave the configuration what it is in stock."""
     model, guide = bert(), bert() if name == "guided" else None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from ..integers import as_integer
 from .packing import PACKINGS
 
 
 @dataclass(frozen=True)
 class Options:
     """How a batch is embedded.
+
+    Numbers may come in any form that equals an integer (``1e4``, ``torch.tensor(3)``), and are ints here.
 
     Args:
         mini_batch_size: The memory of a mini-batch is that of so many rows of the batch's longest text. May be None
@@ -40,9 +42,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.mini_batch_size is not None or self.mini_batch_num_tokens is None:
-            _check_positive("mini_batch_size", self.mini_batch_size)
+            self._as_integer("mini_batch_size", 1, "a positive integer")
         if self.mini_batch_num_tokens is not None:
-            _check_positive("mini_batch_num_tokens", self.mini_batch_num_tokens)
+            self._as_integer("mini_batch_num_tokens", 1, "a positive integer")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be one of {list(PACKINGS)}, got {self.packing!r}.")
         if not isinstance(self.unique_rows, bool):
@@ -50,8 +52,16 @@ class Options:
         if self.unique_rows and self.packing == "none":
             raise ValueError("unique_rows=True needs packing='length': in stock's order every row is encoded.")
         budget = self.activation_budget
-        if budget is not None and budget != "auto" and (not _is_integer(budget) or budget < 0):
-            raise ValueError(f"activation_budget must be a number of bytes, 'auto' or None, got {budget!r}.")
+        if budget is not None and not (isinstance(budget, str) and budget == "auto"):
+            self._as_integer("activation_budget", 0, "a number of bytes, 'auto' or None")
+
+    def _as_integer(self, name: str, least: int, wanted: str) -> None:
+        """Put the int in the place of the number that was given."""
+        given = getattr(self, name)
+        number = as_integer(given)
+        if number is None or number < least:
+            raise ValueError(f"{name} must be {wanted}, got {given!r}.")
+        object.__setattr__(self, name, number)  # the dataclass is frozen
 
     def changed(self) -> dict[str, Any]:
         """The options that stock does not have, where they are not what stock does or the default."""
@@ -60,12 +70,3 @@ class Options:
             for name in ("packing", "unique_rows", "activation_budget")
             if getattr(self, name) != getattr(Options, name)
         }
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not _is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")

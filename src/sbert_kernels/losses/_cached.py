@@ -36,11 +36,14 @@ class GradientCached:
     activation_budget: int | str | None = None
 
     def _set_cache_options(self, packing: str, unique_rows: bool, activation_budget: int | str | None) -> None:
-        """Those that stock does not have; to be called when the others are set."""
+        """Those that stock does not have; to be called when the others are set. Numbers become ints."""
         self.packing = packing
         self.unique_rows = unique_rows
         self.activation_budget = activation_budget
-        self.cache_options()
+        options = self.cache_options()
+        self.mini_batch_size = options.mini_batch_size
+        self.mini_batch_num_tokens = options.mini_batch_num_tokens
+        self.activation_budget = options.activation_budget
 
     def cache_options(self) -> Options:
         """The options as they are now, checked."""
