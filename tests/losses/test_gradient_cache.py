@@ -258,6 +258,42 @@ def test_a_guide_that_tokenizes_texts_itself(
     close(through_the_cache(loss, features), in_one_piece(around("guided", "none", model, guide), features))
 
 
+@pytest.fixture(scope="module")
+def static() -> SentenceTransformer:
+    """A model whose features are flat token ids and where each row starts."""
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: 1 + i for i, word in enumerate(WORDS)}}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)], device="cpu")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_static_embedding_is_refused_when_the_loss_is_built(static: Any, bert: Any, name: str) -> None:
+    with pytest.raises(ValueError, match="a StaticEmbedding"):
+        around(name, "none", static, bert(), mini_batch_size=3)
+
+
+@pytest.mark.parametrize("packing", ["length", "none"])
+def test_features_of_a_static_embedding_are_refused_too(static: Any, bert: Any, packing: str) -> None:
+    """Of a model that did not show what it is when the loss was built."""
+    loss = losses.CachedCoSENTLoss(bert(), mini_batch_size=3, packing=packing)
+    loss.model = static
+    with pytest.raises(ValueError, match="column 0 of the batch is an embedding bag"):
+        value_of(loss, [static.preprocess(["how tall", "is the tower"] * 4)] * 2)
+
+
+class Moved(nn.Module):
+    """Moves each embedding by as much as its features say."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        embeddings = features["sentence_embedding"]
+        shifts = torch.tensor(features["shifts"], dtype=embeddings.dtype).unsqueeze(1)
+        features["sentence_embedding"] = embeddings + shifts * torch.linspace(0, 1, embeddings.shape[1])
+        return features
+
+
 class Inputs:
     """Models and the features of a batch for them, each a kind of input that preprocessing can give."""
 
@@ -329,6 +365,15 @@ class Inputs:
         features[0]["attention_mask"][2] = 0
         features[1]["attention_mask"][5:] = 0
         return model, features
+
+    def a_list_of_one_entry_a_row(self) -> tuple[Any, Any]:
+        """As an input module of one's own puts it beside the tensors."""
+        model = tiny_model(self.bert_path)
+        model.append(Moved())
+        return model, [
+            {**column, "shifts": [1 + row % 3 + position for row in range(8)]}
+            for position, column in enumerate(batch(model, 8, 3))
+        ]
 
     def strided_tensors(self) -> tuple[Any, Any]:
         model = tiny_model(self.bert_path)
@@ -564,6 +609,16 @@ def test_options_that_an_override_cannot_have_are_logged(
     loss.embed_minibatch = lambda **kwargs: original(**kwargs)
     value_of(loss, batch(model, 7))
     assert caplog.text.count("its embed_minibatch was overridden") == 1
+
+
+def test_lists_that_an_override_has_to_cut_are_logged(bert: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """They reach it whole, as stock hands them."""
+    model = bert()
+    loss = losses.CachedCoSENTLoss(model, mini_batch_size=3)
+    original = loss.embed_minibatch
+    loss.embed_minibatch = lambda **kwargs: original(**kwargs)
+    value_of(loss, [{**column, "names": list("abcdefg")} for column in batch(model, 7)])
+    assert caplog.text.count("['names']") == 1
 
 
 @pytest.mark.parametrize("name", ["cosent", "weighted"])

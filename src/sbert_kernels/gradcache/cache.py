@@ -133,5 +133,3 @@ def _check_column(position: int, column: Any) -> None:
         )
     if not any(isinstance(value, Tensor) and value.ndim for value in column.values()):
         raise ValueError(f"columns[{position}] holds no tensor with rows, only {sorted(column)}.")
-    if "offsets" in column:
-        raise ValueError(f"columns[{position}] is an embedding bag (it has 'offsets'), which cannot be cut into rows.")

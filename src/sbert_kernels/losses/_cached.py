@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sentence_transformers.base.losses.gradcache import has_static_embedding_input
 from torch import Tensor
 
 from .. import settings
@@ -19,6 +20,20 @@ from ..logs import log_once
 from ._scale import learnable
 
 logger = logging.getLogger(__name__)
+
+
+def check_splits(owner: str, model: Any, instead: str) -> None:
+    """Refuse a model whose inputs no gradient cache cuts into mini-batches, as stock's Cached losses do.
+
+    Raises:
+        ValueError: the model embeds with a StaticEmbedding; says what to do ``instead``.
+    """
+    # Wrapped for distributed training, say, it does not show its modules: then its features are refused.
+    if hasattr(model, "__getitem__") and has_static_embedding_input(model):
+        raise ValueError(
+            f"{owner} cannot split the inputs of a model with a StaticEmbedding into mini-batches, and such a model "
+            f"has no activations to save: {instead}."
+        )
 
 
 class GradientCached:
@@ -115,6 +130,12 @@ class GradientCached:
         return True
 
     def _embed_through_override(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
+        if mini_batch.pool.listed:
+            log_once(
+                logger,
+                f"{type(self).__name__} hands {sorted(mini_batch.pool.listed)}, which are no tensors, whole to every "
+                "mini-batch, as sentence-transformers does: its embed_minibatch was overridden, and has to cut them.",
+            )
         embeddings, *more, _ = self.embed_minibatch(
             sentence_feature=mini_batch.pool.features,
             begin=int(mini_batch.rows[0]),
