@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 from sentence_transformers.base.losses.gradcache import _create_minibatch, _minibatch_ranges
 from torch import Tensor
 
-from sbert_kernels.gradcache.packing import CALL_TOKENS, Limits, Pool, Sliced, make_pools, pack
+from sbert_kernels.gradcache import packing as packs
+from sbert_kernels.gradcache.packing import CALL_TOKENS, Limits, Pool, Sliced, pack
 
 Batch = list[dict[str, Any]]
+
+
+def make_pools(batch: Any, encoders: Any, limits: Limits, **options: Any) -> list[Pool | Sliced]:
+    """With the same limits for every column."""
+    return packs.make_pools(batch, encoders, [limits] * len(batch), **options)
 
 
 def column(lengths: list[int], *, width: int = 0, left: bool = False, pad: int = 0, start: int = 100) -> dict[str, Any]:

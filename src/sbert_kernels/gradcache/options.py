@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..integers import as_integer
-from .packing import PACKINGS
+from .packing import PACKINGS, Limits
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Options:
         if number is None or number < least:
             raise ValueError(f"{name} must be {wanted}, got {given!r}.")
         object.__setattr__(self, name, number)  # the dataclass is frozen
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.mini_batch_size, self.mini_batch_num_tokens)
 
     def changed(self) -> dict[str, Any]:
         """The options that stock does not have, where they are not what stock does or the default."""

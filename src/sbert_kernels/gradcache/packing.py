@@ -299,7 +299,7 @@ class Pool:
 def make_pools(
     columns: Sequence[Column],
     encoders: Sequence[int],
-    limits: Limits,
+    limits: Sequence[Limits],
     *,
     packing: str = "length",
     unique_rows: bool = False,
@@ -309,9 +309,10 @@ def make_pools(
 
     Args:
         columns: Feature dictionaries or tensors, each of any number of rows.
-        encoders: Which encoder embeds each column; only columns of the same one share a pool.
-        limits: See :class:`Limits`. With ``rows`` a mini-batch holds at most the padded tokens of so many rows of the
-            longest length in the columns that take the same route through the same encoder.
+        encoders: Which encoder embeds each column.
+        limits: Those of each column; only columns of the same encoder with the same limits share a pool. With ``rows``
+            a mini-batch holds at most the padded tokens of so many rows of the longest length in the columns that take
+            the same route through the same encoder.
         packing: "length", or "none" for stock's mini-batches in stock's order.
         unique_rows: Whether rows equal in every feature are embedded once.
         pad: The padding token's id of each column's encoder, where it is known.
@@ -326,11 +327,12 @@ def make_pools(
         listed = _listed(column, position)
         if packing == "none" or not Padded.fits(column) or (listed and len(column["attention_mask"]) == 1):
             # Of a single row nothing says whether a list of one entry is the row's: alone, it need not be known.
-            slots.append(Sliced(column, position, limits, listed))
+            slots.append(Sliced(column, position, limits[position], listed))
             continue
         padded = Padded(column, position, listed)
         for group in groups:
-            if encoders[group[0].position] == encoders[position] and group[0].alike(padded):
+            first = group[0].position
+            if (encoders[first], limits[first]) == (encoders[position], limits[position]) and group[0].alike(padded):
                 group.append(padded)
                 break
         else:
@@ -339,7 +341,9 @@ def make_pools(
     measured = _on_host([column.measured() for group in groups for column in group])
     by_position = dict(zip([column.position for group in groups for column in group], measured, strict=True))
     # A route of a Router is an encoder of its own: texts that it never sees must not make its mini-batches larger.
-    routes = {position: (encoders[position], columns[position].get("task")) for position in by_position}
+    routes = {
+        position: (encoders[position], limits[position], columns[position].get("task")) for position in by_position
+    }
     for slot in slots:
         if isinstance(slot, Sliced):
             pools.append(slot)
@@ -350,7 +354,7 @@ def make_pools(
             Pool(
                 slot,
                 [by_position[column.position] for column in slot],
-                limits.tokens or _stock_budget(same_route, limits.rows),
+                limits[position].tokens or _stock_budget(same_route, limits[position].rows),
                 unique=unique_rows,
                 pad=(pad[position] if pad else None) or 0,
             )

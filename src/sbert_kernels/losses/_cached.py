@@ -102,9 +102,10 @@ class GradientCached:
             embed,
             [self.model] * len(columns),
             columns,
-            lambda *embeddings: stage(*embeddings, **backward),
+            lambda outputs: stage(*map(list, zip(*outputs, strict=True)), **backward),
             options,
             [pad_token_id(self.model)] * len(columns),
+            trained=1,
         )
 
     def embed_rows(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
