@@ -435,6 +435,31 @@ def test_without_packing_dropout_draws_what_stock_s_does(
     assert torch.equal(*states)
 
 
+class Normalised(nn.Sequential):
+    """An encoder whose rows depend on each other, and that remembers what it has seen."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Embedding(50, 8, padding_idx=0), nn.BatchNorm1d(8))
+        self.double()
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        embeddings = self[0](features["input_ids"]).sum(1)
+        return {"sentence_embedding": self[1](embeddings)}
+
+
+def test_an_encoder_whose_rows_depend_on_each_other(close: Callable[..., None]) -> None:
+    """Without packing and without kept activations: the loss, gradients and running statistics of stock."""
+    ids = torch.randint(1, 50, (2, 8, 4), generator=torch.Generator().manual_seed(0))
+    columns = [{"input_ids": column, "attention_mask": torch.ones_like(column)} for column in ids]
+    results = []
+    for module, options in ((losses, {"packing": "none", "activation_budget": 0}), (stock, {})):
+        model = Normalised()
+        loss = module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, **options)
+        results.append([*gradients(loss, lambda loss=loss: value_of(loss, columns)), *model[1].buffers()])
+    close(*results)
+
+
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[tuple[bytes, Tensor, bool, torch.dtype]]]:
     """What a model was given, what it made of it, whether with a graph, and the type that its layers computed in."""

@@ -27,7 +27,8 @@ class GradCache:
 
     The gradients are those of ``loss_fn([encode(model, column) for column in columns])``, whatever the options; also
     those of parameters that the loss itself has. A mean over a batch, an in-batch comparison, a gradient scaler,
-    several ranks: nothing has to be adapted.
+    several ranks: nothing has to be adapted. It takes an encoder whose rows do not depend on each other, nor on their
+    padding (see ``packing``).
 
     **Embeddings of tokens** (late interaction) [n, tokens, D] are as wide as the longest text of their mini-batch. The
     loss gets those of a column as [B, T, D], T the widest of them, zero where a mini-batch was narrower. Which of them

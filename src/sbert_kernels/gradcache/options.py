@@ -22,11 +22,16 @@ class Options:
             counts, where rows are taken as they come. A longer text is a mini-batch of its own.
         packing: "length" sorts the rows of all columns that preprocess alike by their length and packs them within
             that memory; "none" takes them as they come, column by column, ``mini_batch_size`` rows at a time, so that
-            dropout draws what it draws in sentence-transformers.
+            dropout draws what it draws in sentence-transformers. An encoder whose rows depend on each other (BatchNorm,
+            spectral norm) or on their padding (FNet, some CNNs) gives another loss with "length". With "none" its loss
+            is that of sentence-transformers; what changes in every forward pass, as BatchNorm's running statistics do,
+            is so with ``activation_budget=0`` as well, as then every mini-batch is embedded twice.
         unique_rows: Encode rows that are equal once. Under dropout they then share a mask.
         activation_budget: Bytes of activations that may be kept from the first pass, so that as much is not embedded
             twice; "auto" is half of what a GPU has free. None keeps what takes no memory that the second pass does not
-            need anyway: about one mini-batch.
+            need anyway: about one mini-batch; 0 keeps nothing. Weights that are changed in place before the backward
+            pass are noticed, and nothing kept is used; changes through ``.data`` (adversarial training) are not
+            noticed, and the gradients of what was kept then mix old and new weights: give 0 there.
         show_progress_bar: Over the tokens of both passes.
 
     Raises:

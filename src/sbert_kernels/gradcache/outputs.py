@@ -35,7 +35,8 @@ class Output:
             ValueError: it does not go with those before it.
         """
         before = self._values.shape
-        if output.ndim != len(before) or output.shape[self._first_fixed :] != before[self._first_fixed :]:
+        fixed = 1 if self._fixed else 2
+        if output.ndim != len(before) or output.shape[fixed:] != before[fixed:]:
             raise ValueError(
                 f"an encoder returned {list(output.shape)} for {len(rows)} rows, which does not go with "
                 f"{list(before[1:])} a row in another mini-batch: only the second of three or more dimensions may "
@@ -50,10 +51,6 @@ class Output:
             self._values = F.pad(self._values, [0, 0] * (output.ndim - 2) + [0, width - before[1]])
         self._values[:, :width][index] = output
         self._widths[rows] = width
-
-    @property
-    def _first_fixed(self) -> int:
-        return 1 if self._fixed else 2
 
     def of(self, index: np.ndarray | None) -> Tensor:
         """The rows of a column, in its order; no wider than the mini-batches that they were in.

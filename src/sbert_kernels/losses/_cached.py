@@ -39,7 +39,8 @@ def check_splits(owner: str, model: Any, instead: str) -> None:
 class GradientCached:
     """Our gradient cache in the place of stock's; a base before that of stock.
 
-    The options are those of :class:`~sbert_kernels.gradcache.options.Options`, read off the loss at each call.
+    The options are those of :class:`~sbert_kernels.gradcache.options.Options`, read off the loss at each call. What
+    they mean for encoders whose rows depend on each other, or on their padding, stands there.
     """
 
     model: Any
