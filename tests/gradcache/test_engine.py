@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sbert_kernels import GradCache
+from sbert_kernels.gradcache.options import Options
 
 
 class Tokens(nn.Module):
@@ -96,7 +98,10 @@ def assert_unchanged(columns: Sequence[Any], before: Sequence[Any]) -> None:
             continue
         assert list(column) == list(old)
         for key, value in column.items():
-            assert torch.equal(value, old[key]) if isinstance(value, Tensor) else value == old[key]
+            if isinstance(value, str):
+                assert value == old[key]
+            else:
+                torch.testing.assert_close(value, old[key], rtol=0, atol=0)
 
 
 @st.composite
@@ -143,6 +148,7 @@ class Flattened(nn.Module):
         starts = features["cu_seq_lens_q"]
         lengths = starts.diff()
         assert features["max_length_q"] == lengths.max()
+        assert len(features.get("per_row", lengths)) == len(lengths)
         assert torch.equal(features["seq_idx"][0], torch.arange(len(lengths)).repeat_interleave(lengths))
         values = self.embedding(features["input_ids"][0]) * (1 + features["position_ids"][0]).unsqueeze(1)
         rows = torch.zeros(len(lengths), 6, dtype=torch.float64).index_add(0, features["seq_idx"][0], values)
@@ -160,6 +166,33 @@ def flattened(rows: int, generator: torch.Generator) -> dict[str, Any]:
         "cu_seq_lens_k": starts.clone(),
         "max_length_q": int(lengths.max()),
         "max_length_k": int(lengths.max()),
+    }
+
+
+class Annotated(nn.Module):
+    """Reads what stands beside the tensors: a number, a tensor of any length and an array's row for each row."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, features: dict[str, Any]) -> Tensor:
+        sums = torch.stack([spans.sum() for spans in features["spans"]])
+        for spans in features["spans"]:
+            spans.zero_()
+        factors = torch.tensor(features["factors"]) * sums * torch.from_numpy(features["weights"]).sum(1)
+        assert features["sizes"] == [1, 2, 3]
+        return self.text(features)["sentence_embedding"] * factors.unsqueeze(1)
+
+
+def annotated(column: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    values = torch.rand(ROWS, 4, generator=generator, dtype=torch.float64)
+    return {
+        **column,
+        "factors": values[:, 0].tolist(),
+        "spans": tuple(row[: 1 + index % 3].clone() for index, row in enumerate(values)),
+        "weights": values.numpy(),
+        "sizes": [1, 2, 3],  # of all rows
     }
 
 
@@ -281,6 +314,14 @@ INPUTS: dict[str, Callable[[torch.Generator], tuple[Any, ...]]] = {
     "flattened": lambda g: (Flattened(), [flattened(ROWS, g) for _ in range(2)]),
     "an image a row": lambda g: (Images(), [images(ROWS, g) for _ in range(2)]),
     "images in patches": lambda g: (Patches(), [patches(ROWS, g) for _ in range(2)]),
+    "lists beside tensors": lambda g: (
+        Annotated(Tokens()),
+        [annotated(token_column(ROWS, width, g), g) for width in (4, 9)],
+    ),
+    "lists beside flattened": lambda g: (
+        Annotated(Flattened()),
+        [annotated(flattened(ROWS, g), g) | {"per_row": torch.arange(ROWS)} for _ in range(2)],
+    ),
     "text and images": lambda g: ([Tokens(), Images()], [token_column(ROWS, 5, g), images(ROWS, g)]),
     "a model of transformers": lambda g: (bert(), [token_column(ROWS, width, g) for width in (4, 9)], first_token),
 }
@@ -516,8 +557,12 @@ def test_an_empty_column_is_refused() -> None:
             GradCache(Tokens(), lambda embeddings: sum(e.sum() for e in embeddings), packing=packing)([first, empty])
 
 
-def test_integers_of_numpy_are_integers() -> None:
-    GradCache(Tokens(), contrast, mini_batch_size=np.int64(3), mini_batch_num_tokens=np.int32(9))(two_columns())
+@pytest.mark.parametrize("three", [3.0, np.int64(3), np.array([3]), torch.tensor(3), Decimal(3)], ids=repr)
+def test_whatever_equals_an_integer_is_one(three: Any) -> None:
+    options = Options(three, three, activation_budget=three)
+    assert options == Options(3, 3, activation_budget=3)
+    numbers = (options.mini_batch_size, options.mini_batch_num_tokens, options.activation_budget)
+    assert [type(number) for number in numbers] == [int] * 3
 
 
 def test_a_column_that_the_loss_does_not_read_is_refused() -> None:
@@ -538,6 +583,9 @@ def static_features() -> dict[str, Tensor]:
         ({"packing": "foo"}, r"packing.*'foo'"),
         ({"mini_batch_size": 0}, "mini_batch_size.*0"),
         ({"mini_batch_size": 2.5}, "mini_batch_size.*2.5"),
+        ({"mini_batch_size": "3"}, "mini_batch_size.*'3'"),
+        ({"mini_batch_size": torch.tensor([3, 3])}, "mini_batch_size.*3, 3"),
+        ({"mini_batch_num_tokens": float("inf")}, "mini_batch_num_tokens.*inf"),
         ({"mini_batch_num_tokens": 0}, "mini_batch_num_tokens"),
         ({"activation_budget": -1}, "activation_budget.*-1"),
         ({"activation_budget": "all"}, "activation_budget.*'all'"),
@@ -553,7 +601,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     ("columns", "message"),
     [
         (lambda: [], "columns must be at least one, got 0"),
-        (lambda: [static_features()] * 2, r"columns\[0\] is an embedding bag"),
+        (lambda: [static_features()] * 2, "column 0 of the batch is an embedding bag"),
     ],
     ids=["none", "static"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque, namedtuple
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,15 @@ from hypothesis import strategies as st
 from sentence_transformers.base.losses.gradcache import _create_minibatch, _minibatch_ranges
 from torch import Tensor
 
-from sbert_kernels.gradcache.packing import CALL_TOKENS, Limits, Pool, Sliced, make_pools, pack
+from sbert_kernels.gradcache import packing as packs
+from sbert_kernels.gradcache.packing import CALL_TOKENS, Limits, Pool, Sliced, pack
 
 Batch = list[dict[str, Any]]
+
+
+def make_pools(batch: Any, encoders: Any, limits: Limits, **options: Any) -> list[Pool | Sliced]:
+    """With the same limits for every column."""
+    return packs.make_pools(batch, encoders, [limits] * len(batch), **options)
 
 
 def column(lengths: list[int], *, width: int = 0, left: bool = False, pad: int = 0, start: int = 100) -> dict[str, Any]:
@@ -182,7 +189,7 @@ PARTIALLY = {
     ),
     "image of another size": lambda features: features | {"pixel_values": torch.zeros(_rows(features), 3, 4, 4)},
     "a number for all rows": lambda features: features | {"temperature": torch.tensor(2.0)},
-    "a list for all rows": lambda features: features | {"names": ["a", "b"]},
+    "a list for all rows": lambda features: features | {"names": ["a", "b", "c", "d"]},
 }
 
 
@@ -194,7 +201,7 @@ def test_columns_with_the_same_keys_may_differ_too(difference: str) -> None:
         "float padding of another width": PARTIALLY[difference](column([3, 4], width=7)),
         "image of another size": column([3, 4], width=6) | {"pixel_values": torch.zeros(2, 3, 5, 5)},
         "a number for all rows": column([3, 4], width=6) | {"temperature": torch.tensor(3.0)},
-        "a list for all rows": column([3, 4], width=6) | {"names": ["a", "c"]},
+        "a list for all rows": column([3, 4], width=6) | {"names": ["a", "b", "c", "e"]},
     }[difference]
     assert len(make_pools([first, second], [0, 0], Limits(rows=4))) == 2
     assert len(make_pools([first, copy.deepcopy(first)], [0, 0], Limits(rows=4))) == 1
@@ -337,6 +344,93 @@ def test_unique_rows_are_those_that_are_equal_in_every_key(
     groups = [[content(batch[position], row) for position, row in group] for group in rows]
     assert all(member == group[0] for group in groups for member in group)
     assert all(one[0] != other[0] for one, other in itertools.combinations(groups, 2))
+
+
+Record = namedtuple("Record", ["a", "b", "c"])
+LISTED = column([2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [
+        (["a", "b", "a"], 2),
+        (("a", "a", "a"), 1),
+        ([torch.tensor([1.0, 2.0]), torch.tensor([1.0]), torch.arange(1.0, 3.0)], 2),
+        ([torch.tensor(1), torch.tensor(1.0), torch.tensor(1, dtype=torch.bfloat16)], 3),
+        (np.array([[1, 2], [1, 3], [1, 3]]), 2),
+        (np.array(["a", "a", "b"], dtype=object), 2),
+        ([lambda: None, lambda: None, lambda: None], 3),
+    ],
+    ids=["list", "tuple", "tensors", "types", "array", "objects", "what cannot be compared"],
+)
+def test_unique_rows_are_equal_in_their_lists_too(values: Any, classes: int) -> None:
+    features = LISTED | {"input_ids": torch.ones(3, 2, dtype=torch.int64), "values": values}
+    (pool,) = make_pools([features], [0], Limits(rows=32), unique_rows=True)
+    assert pool.rows == classes
+
+
+@pytest.mark.parametrize("values", [["a", "b", "c"], ("a", "b", "c"), np.array([1, 2, 3])], ids=repr)
+def test_columns_whose_lists_are_of_one_kind_share_a_pool(values: Any) -> None:
+    (pool,) = make_pools([LISTED | {"values": values}] * 2, [0, 0], Limits(rows=2))
+    for mini_batch in pool.mini_batches:
+        taken = mini_batch.features()["values"]
+        assert type(taken) is type(values)
+        assert list(taken) == [values[row % 3] for row in mini_batch.rows]
+    other = {"values": np.array([1.5, 2, 3]) if isinstance(values, np.ndarray) else np.array(values)}
+    assert len(make_pools([LISTED | {"values": values}, LISTED | other], [0, 0], Limits(rows=2))) == 2
+
+
+OF_ALL_ROWS = {
+    "modality": ("text", "image", "audio"),
+    "prompt_length": [1, 1, 1],
+    "task": "any",
+    "shape": torch.Size([3, 2, 2]),
+    "record": Record(1, 2, 3),
+    "word": "abc",
+    "names": ["a", "b"],
+    "number": np.array(3),
+    "table": np.zeros((2, 3)),
+    "options": {"sizes": [1, 2]},
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("packing", ["length", "none"])
+def test_what_belongs_to_all_rows_is_handed_on_as_it_is(packing: str) -> None:
+    for pool in make_pools([LISTED | OF_ALL_ROWS], [0], Limits(rows=2), packing=packing):
+        for mini_batch in pool.mini_batches:
+            features = mini_batch.features()
+            assert all(features[key] is value for key, value in OF_ALL_ROWS.items())
+
+
+@pytest.mark.parametrize("packing", ["length", "none"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"names": ["a", "b", "c"]},
+        [["a", "b", "c"], ["d", "e", "f"]],
+        {"deep": [{"inputs": torch.zeros(3, 2)}]},
+        Record(torch.zeros(3, 2), None, None),
+        tuple((torch.zeros(3, 2), torch.zeros(3, 2)) for _ in range(3)),
+        deque(["a", "b", "c"]),
+        range(3),
+    ],
+    ids=["dictionary", "fields", "deep", "record", "layers", "deque", "range"],
+)
+def test_rows_that_hide_are_refused_by_name(value: Any, packing: str) -> None:
+    batch = [LISTED, LISTED | {"extra": value}]
+    with pytest.raises(ValueError, match=r"column 1 of the batch: 'extra', a \w+, may have one entry for each"):
+        make_pools(batch, [0, 0], Limits(rows=2), packing=packing)
+
+
+def test_a_single_row_is_never_cut_whatever_stands_beside_it() -> None:
+    """A list of one entry may be the row's or all rows': columns that have one are not mixed."""
+    features = column([2]) | {"values": ["a"], "options": {"names": ["a"]}}
+    pools = make_pools([features, features], [0, 0], Limits(rows=2))
+    assert [pool.columns for pool in pools] == [(0,), (1,)]
+    for pool in pools:
+        (mini_batch,) = pool.mini_batches
+        assert mini_batch.features()["values"] == ["a"]
 
 
 def cost(lengths: np.ndarray, groups: list[np.ndarray], per_call: int) -> int:

@@ -258,6 +258,42 @@ def test_a_guide_that_tokenizes_texts_itself(
     close(through_the_cache(loss, features), in_one_piece(around("guided", "none", model, guide), features))
 
 
+@pytest.fixture(scope="module")
+def static() -> SentenceTransformer:
+    """A model whose features are flat token ids and where each row starts."""
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: 1 + i for i, word in enumerate(WORDS)}}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)], device="cpu")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_static_embedding_is_refused_when_the_loss_is_built(static: Any, bert: Any, name: str) -> None:
+    with pytest.raises(ValueError, match="a StaticEmbedding"):
+        around(name, "none", static, bert(), mini_batch_size=3)
+
+
+@pytest.mark.parametrize("packing", ["length", "none"])
+def test_features_of_a_static_embedding_are_refused_too(static: Any, bert: Any, packing: str) -> None:
+    """Of a model that did not show what it is when the loss was built."""
+    loss = losses.CachedCoSENTLoss(bert(), mini_batch_size=3, packing=packing)
+    loss.model = static
+    with pytest.raises(ValueError, match="column 0 of the batch is an embedding bag"):
+        value_of(loss, [static.preprocess(["how tall", "is the tower"] * 4)] * 2)
+
+
+class Moved(nn.Module):
+    """Moves each embedding by as much as its features say."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        embeddings = features["sentence_embedding"]
+        shifts = torch.tensor(features["shifts"], dtype=embeddings.dtype).unsqueeze(1)
+        features["sentence_embedding"] = embeddings + shifts * torch.linspace(0, 1, embeddings.shape[1])
+        return features
+
+
 class Inputs:
     """Models and the features of a batch for them, each a kind of input that preprocessing can give."""
 
@@ -330,6 +366,15 @@ class Inputs:
         features[1]["attention_mask"][5:] = 0
         return model, features
 
+    def a_list_of_one_entry_a_row(self) -> tuple[Any, Any]:
+        """As an input module of one's own puts it beside the tensors."""
+        model = tiny_model(self.bert_path)
+        model.append(Moved())
+        return model, [
+            {**column, "shifts": [1 + row % 3 + position for row in range(8)]}
+            for position, column in enumerate(batch(model, 8, 3))
+        ]
+
     def strided_tensors(self) -> tuple[Any, Any]:
         model = tiny_model(self.bert_path)
         features = batch(model, 8)
@@ -388,6 +433,31 @@ def test_without_packing_dropout_draws_what_stock_s_does(
         states.append(torch.get_rng_state())
     close(*results)
     assert torch.equal(*states)
+
+
+class Normalised(nn.Sequential):
+    """An encoder whose rows depend on each other, and that remembers what it has seen."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Embedding(50, 8, padding_idx=0), nn.BatchNorm1d(8))
+        self.double()
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        embeddings = self[0](features["input_ids"]).sum(1)
+        return {"sentence_embedding": self[1](embeddings)}
+
+
+def test_an_encoder_whose_rows_depend_on_each_other(close: Callable[..., None]) -> None:
+    """Without packing and without kept activations: the loss, gradients and running statistics of stock."""
+    ids = torch.randint(1, 50, (2, 8, 4), generator=torch.Generator().manual_seed(0))
+    columns = [{"input_ids": column, "attention_mask": torch.ones_like(column)} for column in ids]
+    results = []
+    for module, options in ((losses, {"packing": "none", "activation_budget": 0}), (stock, {})):
+        model = Normalised()
+        loss = module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, **options)
+        results.append([*gradients(loss, lambda loss=loss: value_of(loss, columns)), *model[1].buffers()])
+    close(*results)
 
 
 @contextmanager
@@ -482,6 +552,20 @@ def test_bad_options_are_named(bert: Any, name: str, options: dict[str, Any], me
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_whatever_equals_an_integer_is_a_mini_batch(bert: Any, name: str) -> None:
+    """As in stock, whose arithmetic takes them; the loss shows the integer."""
+    model, guide = bert(), bert() if name == "guided" else None
+    loss = around(name, "none", model, guide, mini_batch_size=torch.tensor(3), mini_batch_num_tokens=1e4)
+    shown = loss.get_config_dict()
+    for key, number in (("mini_batch_size", 3), ("mini_batch_num_tokens", 10_000)):
+        assert type(shown[key]) is int
+        assert shown[key] == number
+    loss.mini_batch_num_tokens = None
+    loss.mini_batch_size = True
+    assert value_of(loss, batch(model, 3)).isfinite()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_options_that_are_set_are_kept_and_shown(bert: Any, name: str) -> None:
     """In the configuration, and by copies; those that are not set leave the configuration what it is in stock."""
     model, guide = bert(), bert() if name == "guided" else None
@@ -550,6 +634,16 @@ def test_options_that_an_override_cannot_have_are_logged(
     loss.embed_minibatch = lambda **kwargs: original(**kwargs)
     value_of(loss, batch(model, 7))
     assert caplog.text.count("its embed_minibatch was overridden") == 1
+
+
+def test_lists_that_an_override_has_to_cut_are_logged(bert: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """They reach it whole, as stock hands them."""
+    model = bert()
+    loss = losses.CachedCoSENTLoss(model, mini_batch_size=3)
+    original = loss.embed_minibatch
+    loss.embed_minibatch = lambda **kwargs: original(**kwargs)
+    value_of(loss, [{**column, "names": list("abcdefg")} for column in batch(model, 7)])
+    assert caplog.text.count("['names']") == 1
 
 
 @pytest.mark.parametrize("name", ["cosent", "weighted"])

@@ -473,3 +473,12 @@ def test_dims_beyond_the_embedding_are_an_error() -> None:
     loss = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 4])
     with pytest.raises(ValueError, match=r"matryoshka_dims must be in 1 \.\. 8, .* got 16"):
         loss_and_gradients(loss, embeddings())
+
+
+@pytest.mark.parametrize("dims", [[torch.tensor(8), torch.tensor(3)], [8, True]], ids=repr)
+def test_dims_are_whatever_stock_takes_as_integers(close: Callable[..., None], dims: list[Any]) -> None:
+    ours, theirs = (
+        loss_and_gradients(shared(module, "MultipleNegativesRankingLoss", (dims, None)), embeddings(2))
+        for module in (losses, stock)
+    )
+    close(ours, theirs)

@@ -371,20 +371,6 @@ def test_bad_mini_batches(bert: Any, options: dict[str, Any]) -> None:
         WeightedLoss(model, mixed(model), **options)
 
 
-def test_a_cache_needs_a_batch_that_splits() -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    embedding = StaticEmbedding(Tokenizer(WordLevel({"a": 0}, unk_token="a")), embedding_dim=4)
-    model = SentenceTransformer(modules=[embedding], device="cpu")
-    entries = {"cos": (stock.CosineSimilarityLoss(model), 1.0)}
-    WeightedLoss(model, entries)
-    with pytest.raises(ValueError, match="StaticEmbedding"):
-        WeightedLoss(model, entries, mini_batch_size=2)
-
-
 @replayed
 def test_copies_and_pickles_compute_the_same(
     bert: Any, texts: Any, close: Callable[..., None], options: dict[str, Any]

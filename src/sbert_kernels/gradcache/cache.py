@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .engine import cached_loss
 from .options import Options
 from .packing import Column, MiniBatch
 from .stage import backward_to_embeddings
+
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 class GradCache:
@@ -24,17 +27,33 @@ class GradCache:
 
     The gradients are those of ``loss_fn([encode(model, column) for column in columns])``, whatever the options; also
     those of parameters that the loss itself has. A mean over a batch, an in-batch comparison, a gradient scaler,
-    several ranks: nothing has to be adapted.
+    several ranks: nothing has to be adapted. It takes an encoder whose rows do not depend on each other, nor on their
+    padding (see ``packing``).
+
+    **Embeddings of tokens** (late interaction) [n, tokens, D] are as wide as the longest text of their mini-batch. The
+    loss gets those of a column as [B, T, D], T the widest of them, zero where a mini-batch was narrower. Which of them
+    are tokens is said by the mask: return it beside them, and it is filled up alike::
+
+        def encode(bert, features):
+            return bert(**features).last_hidden_state, features["attention_mask"]
+
+        def loss_fn(embeddings):
+            (queries, query_mask), (documents, document_mask) = embeddings  # [B, T, D] and [B, T] each
 
     Args:
         encoders: The module that embeds every column, or a sequence with one for each column (query and document
             towers; the same module may stand there twice). Each may be wrapped for distributed training.
-        loss_fn: ``loss_fn(embeddings, *args, **kwargs)`` gives a scalar; embeddings is a list of one tensor [B, ...] a
-            column, in the order of the rows.
-        mini_batch_size, mini_batch_num_tokens, packing, unique_rows, activation_budget, show_progress_bar: See
+        loss_fn: ``loss_fn(embeddings, *args, **kwargs)`` gives a scalar; embeddings is a list of what ``encode`` gives
+            for each column, [B, ...], in the order of the rows.
+        mini_batch_size, mini_batch_num_tokens: See :class:`~sbert_kernels.gradcache.options.Options`; or one for each
+            of several encoders, as in ``mini_batch_size=(32, 8)``.
+        packing, unique_rows, activation_budget, show_progress_bar: See
             :class:`~sbert_kernels.gradcache.options.Options`.
-        encode: ``encode(encoder, features)`` gives the embeddings [n, ...] of a mini-batch. By default
-            ``encoder(features)``, or its "sentence_embedding" if that is a dictionary, as in sentence-transformers.
+        encode: ``encode(encoder, features)`` gives the embeddings [n, ...] of a mini-batch, or a tuple of several
+            tensors, each with n rows, of which the loss gets a tuple. In a tuple, and of tensors with three or more
+            dimensions, the second one may differ between mini-batches. By default ``encoder(features)``, or
+            ``encoder(**features)`` where the encoder's ``forward`` has arguments of their names; of a dictionary its
+            "sentence_embedding", as in sentence-transformers.
 
     Raises:
         ValueError, TypeError: an option that cannot be.
@@ -45,81 +64,165 @@ class GradCache:
         encoders: nn.Module | Sequence[nn.Module],
         loss_fn: Callable[..., Tensor],
         *,
-        mini_batch_size: int = 32,
-        mini_batch_num_tokens: int | None = None,
+        mini_batch_size: int | Sequence[int] = 32,
+        mini_batch_num_tokens: int | Sequence[int] | None = None,
         packing: str = "length",
         unique_rows: bool = False,
         activation_budget: int | str | None = None,
         show_progress_bar: bool = False,
-        encode: Callable[[nn.Module, Any], Tensor] | None = None,
+        encode: Callable[[nn.Module, Any], Outputs] | None = None,
     ) -> None:
         modules = [encoders] if isinstance(encoders, nn.Module) else list(encoders)
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             raise TypeError(f"encoders must be an nn.Module or a sequence of them, one a column, got {encoders!r}.")
         self.encoders = encoders if isinstance(encoders, nn.Module) else modules
         self.loss_fn = loss_fn
-        self.encode = encode or embedding_of
-        self.options = Options(
-            mini_batch_size, mini_batch_num_tokens, packing, unique_rows, activation_budget, show_progress_bar
-        )
+        self.encode = encode or call
+        several = None if isinstance(encoders, nn.Module) else len(modules)
+        sizes = _one_each("mini_batch_size", mini_batch_size, several)
+        tokens = _one_each("mini_batch_num_tokens", mini_batch_num_tokens, several)
+        # One for each encoder; they differ in their limits alone.
+        self.options = [
+            Options(size, most, packing, unique_rows, activation_budget, show_progress_bar)
+            for size, most in zip(sizes, tokens, strict=True)
+        ]
 
     def __call__(self, columns: Sequence[Column], *args: Any, **kwargs: Any) -> Tensor:
         """The loss () of a batch; its ``backward()`` embeds the batch once more.
 
         Args:
             columns: One dictionary of features, or one tensor, for each column; the first dimension of every tensor is
-                the rows. With an ``attention_mask`` [rows, length] they are packed by length. They are not changed.
+                the rows, and so are the entries of lists, tuples and arrays that have as many. With an
+                ``attention_mask`` [rows, length] they are packed by length. They are not changed.
             args, kwargs: Further arguments of the loss.
 
         Raises:
+            TypeError: no sequence of columns, or an encoder's output that is no tensor.
             ValueError: columns that cannot be cut into rows, or that the loss does not use.
         """
+        if isinstance(columns, (Mapping, Tensor)) or not isinstance(columns, Iterable):
+            raise TypeError(
+                f"the columns of a batch must be one sequence, got a {type(columns).__name__}: write "
+                "cache([queries, documents]), or cache([queries]) for one column, and further arguments of the loss "
+                "after it."
+            )
         columns = list(columns)
         single = isinstance(self.encoders, nn.Module)
         encoders = [self.encoders] * len(columns) if single else self.encoders
+        options = self.options * len(columns) if single else self.options
         if not columns or len(encoders) != len(columns):
             wanted = "at least one" if single else f"{len(encoders)}, one an encoder"
             raise ValueError(f"columns must be {wanted}, got {len(columns)}.")
         for position, column in enumerate(columns):
             _check_column(position, column)
+        make: dict[int, Callable[[list[Tensor]], Outputs]] = {}  # what the loss gets of a column's tensors
 
         def embed(mini_batch: MiniBatch, first: bool) -> list[Tensor]:
-            return [self.encode(encoders[mini_batch.pool.columns[0]], mini_batch.features())]
+            own = mini_batch.pool.columns
+            encoder = encoders[own[0]]
+            tensors, make_own = _tensors(encoder, self.encode(encoder, mini_batch.features()))
+            make.update(dict.fromkeys(own, make_own))
+            return tensors
 
-        def stage(embeddings: list[Tensor]) -> Tensor:
+        def stage(outputs: list[list[Tensor]]) -> Tensor:
+            embeddings = [make[position](tensors) for position, tensors in enumerate(outputs)]
             loss = self.loss_fn(embeddings, *args, **kwargs)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss_fn must return a scalar, got {got}.")
             loss = loss.reshape(())
-            return backward_to_embeddings(loss, embeddings) if torch.is_grad_enabled() else loss
+            every = [tensor for tensors in outputs for tensor in tensors]
+            return backward_to_embeddings(loss, every) if torch.is_grad_enabled() else loss
 
         pad = [pad_token_id(encoder) for encoder in encoders]
-        return cached_loss(embed, encoders, columns, stage, self.options, pad)
+        limits = [option.limits for option in options]
+        return cached_loss(embed, encoders, columns, stage, self.options[0], pad, limits=limits)
 
 
-def embedding_of(encoder: nn.Module, features: Any) -> Tensor:
-    """The embeddings that an encoder returns, bare or as sentence-transformers does.
-
-    Raises:
-        TypeError: it returns something else.
-    """
-    output = encoder(features)
-    if isinstance(output, Mapping) and "sentence_embedding" in output:
-        output = output["sentence_embedding"]
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"an encoder must return a tensor, or a dictionary with 'sentence_embedding'; {type(encoder).__name__} "
-            f"returned {type(output).__name__}: give encode=."
-        )
-    return output
+def call(encoder: nn.Module, features: Any) -> Any:
+    """What an encoder returns for features: handed over by name where its ``forward`` has arguments of their names."""
+    if isinstance(features, Mapping) and _takes_by_name(encoder, features):
+        return encoder(**features)
+    return encoder(features)
 
 
 def pad_token_id(encoder: nn.Module) -> int | None:
-    """What an encoder's tokenizer pads with, if it has one."""
+    """What an encoder's tokenizer pads with, or an encoder of transformers itself, if it says so."""
+    encoder = unwrapped(encoder)
+    for owner in ("tokenizer", "config"):
+        found = getattr(getattr(encoder, owner, None), "pad_token_id", None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def unwrapped(encoder: Any) -> Any:
+    """An encoder without what distributed training and ``torch.compile`` have put around it."""
     for wrapper in ("_orig_mod", "module", "_orig_mod"):
         encoder = getattr(encoder, wrapper, encoder)
-    return getattr(getattr(encoder, "tokenizer", None), "pad_token_id", None)
+    return encoder
+
+
+def _takes_by_name(encoder: Any, features: Mapping[str, Any]) -> bool:
+    """Whether an encoder has an argument for each feature, as those of transformers have.
+
+    Those of sentence-transformers take one dictionary.
+    """
+    signature = inspect.signature(encoder.forward)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        # A wrapper (of torch, of peft) that hands on whatever it is given.
+        inside = (getattr(encoder, name, None) for name in ("_orig_mod", "module", "base_model", "model"))
+        inner = next((module for module in inside if isinstance(module, nn.Module) and module is not encoder), None)
+        return inner is not None and _takes_by_name(inner, features)
+    try:
+        signature.bind(**features)
+    except TypeError:
+        return False
+    return not signature.parameters.keys().isdisjoint(features)
+
+
+def _tensors(encoder: nn.Module, output: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Outputs]]:
+    """The tensors of an output, and what makes of such tensors what the loss gets.
+
+    Raises:
+        TypeError: it is no tensor and no tuple of them.
+    """
+    name = type(unwrapped(encoder)).__name__
+    if isinstance(output, Mapping):
+        if "sentence_embedding" not in output:
+            example = "last_hidden_state[:, 0]" if "last_hidden_state" in output else next(iter(output), "name")
+            raise TypeError(
+                f"give GradCache encode=lambda encoder, features: encoder(**features).{example}, or a masked mean, or "
+                f"a tuple of several tensors: {name} returned {list(output)} ({type(output).__name__}), and nothing "
+                "says which of them is the embedding."
+            )
+        output = output["sentence_embedding"]
+    if isinstance(output, Tensor):
+        return [output], lambda tensors: tensors[0]
+    if isinstance(output, (tuple, list)) and output and all(isinstance(entry, Tensor) for entry in output):
+        return list(output), getattr(type(output), "_make", tuple)
+    got = type(output).__name__
+    if isinstance(output, (tuple, list)):
+        got = f"a {got} of {[type(entry).__name__ for entry in output]}"
+    raise TypeError(
+        f"an encoder must return a tensor, a tuple of tensors, or a dictionary with 'sentence_embedding'; {name} gave "
+        f"{got}. Take from it what the loss needs: GradCache(..., encode=lambda encoder, features: ...)."
+    )
+
+
+def _one_each(name: str, value: Any, encoders: int | None) -> list[Any]:
+    """An option for each encoder; ``encoders`` is None where one module embeds every column."""
+    if not isinstance(value, (tuple, list)):
+        return [value] * (encoders or 1)
+    if encoders is None:
+        raise ValueError(
+            f"{name}={value!r} has one for each of several encoders, but one module embeds every column: give a "
+            "number, or the encoders as a sequence, as in [model, model]."
+        )
+    if len(value) != encoders:
+        raise ValueError(f"{name} must be a number, or {encoders} of them, one an encoder; got {value!r}.")
+    return list(value)
 
 
 def _check_column(position: int, column: Any) -> None:
@@ -133,5 +236,3 @@ def _check_column(position: int, column: Any) -> None:
         )
     if not any(isinstance(value, Tensor) and value.ndim for value in column.values()):
         raise ValueError(f"columns[{position}] holds no tensor with rows, only {sorted(column)}.")
-    if "offsets" in column:
-        raise ValueError(f"columns[{position}] is an embedding bag (it has 'offsets'), which cannot be cut into rows.")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ..logs import log_once
 from .activations import ActivationBudget, budget_bytes
 from .options import Options
+from .outputs import Output, gradients_of_rows, put
 from .packing import Column, Limits, MiniBatch, Pool, Sliced, make_pools
 from .replay import RandomState, Surroundings, devices_of
 from .stage import leaves_of
@@ -36,7 +37,7 @@ from .sync import GradientSync, most_of_all_ranks
 
 logger = logging.getLogger(__name__)
 
-# Embeddings [n, ...] of a mini-batch, and whatever else the first pass has to know of its rows, [n, ...] each.
+# What is made of a mini-batch of n rows, [n, ...] each: embeddings, and whatever else the loss needs of the rows.
 Embed = Callable[[MiniBatch, bool], Sequence[Tensor]]
 
 
@@ -47,37 +48,46 @@ def cached_loss(
     stage: Callable[..., Tensor],
     options: Options,
     pad: Sequence[int | None] = (),
+    *,
+    limits: Sequence[Limits] = (),
+    trained: int | None = None,
 ) -> Tensor:
     """The loss of a batch, whose backward pass embeds the batch once more.
 
     Args:
-        embed: ``embed(mini_batch, first)`` runs the encoder; with ``first`` it may return more than the embeddings.
+        embed: ``embed(mini_batch, first)`` runs the encoder; without ``first`` only the ``trained`` outputs matter.
         encoders: The module that embeds each column.
         columns: The features of each column.
-        stage: ``stage(embeddings, *more)`` returns the loss, a scalar, of one tensor [B, ...] a column. If gradients
-            are enabled it leaves those of the embeddings in their ``.grad``, and the loss may still carry those of
+        stage: ``stage(columns)`` returns the loss, a scalar, of the outputs of each column, [B, ...] each. If gradients
+            are enabled it leaves those of the trained outputs in their ``.grad``, and the loss may still carry those of
             parameters of its own.
         options: Those of the user.
         pad: The padding token's id of each column's encoder, where it is known.
+        limits: Of each column's mini-batches; those of the options if there are none.
+        trained: How many of the outputs, the first, get a gradient, as far as they are no integers. None: all.
 
     Raises:
         ValueError: a column is empty, or the loss does not use it.
     """
-    step = _Step(embed, encoders, columns, options, pad)
+    step = _Step(embed, encoders, columns, options, pad, limits or [options.limits] * len(columns), trained)
     if not torch.is_grad_enabled():
-        return stage(*step.embed_all(record=False))
-    embeddings, *more = step.embed_all(record=True)
-    embeddings = [column.detach().requires_grad_() for column in embeddings]
-    loss = stage(embeddings, *more)
-    unused = [str(position) for position, column in enumerate(embeddings) if column.grad is None]
+        return stage(step.embed_all(record=False))
+    outputs = step.embed_all(record=True)
+    embeddings = [column[:trained] for column in outputs]
+    for output in (output for column in embeddings for output in column):
+        output.requires_grad_(output.is_floating_point() or output.is_complex())
+    loss = stage(outputs)
+    unused = [
+        str(position) for position, column in enumerate(embeddings) if all(output.grad is None for output in column)
+    ]
     if unused:
         raise ValueError(
             f"The loss computation did not use input column(s) {', '.join(unused)}: their embeddings received no "
             "gradient. Every input column is embedded (twice, with gradient caching), so remove the unused column(s) "
             "from the dataset instead."
         )
-    step.cache([column.grad for column in embeddings])
-    ids = {id(column) for column in embeddings}
+    step.cache([[output.grad for output in column] for column in embeddings])
+    ids = {id(output) for column in embeddings for output in column}
     if any(id(leaf) in ids for leaf in leaves_of(loss)):
         # A stage of the user's that has called backward() and returns what it was called on: that graph is used up.
         loss = loss.detach()
@@ -95,7 +105,7 @@ class _Part:
     counts: bool = True  # False: embedded for the sake of other ranks
     keep: bool = False  # its graph takes no memory that is not needed later
     random_state: RandomState | None = None
-    kept: Tensor | None = None  # embeddings with their graph
+    kept: Sequence[Tensor] | None = None  # trained outputs with their graph
 
 
 @dataclass(eq=False)
@@ -129,8 +139,11 @@ class _Step:
         columns: Sequence[Column],
         options: Options,
         pad: Sequence[int | None],
+        limits: Sequence[Limits],
+        trained: int | None,
     ) -> None:
         self._embed = embed
+        self._trained = trained
         self._show = options.show_progress_bar
         modules = {id(module): module for module in encoders}
         numbers = {key: number for number, key in enumerate(modules)}
@@ -144,7 +157,7 @@ class _Step:
         self.pools = make_pools(
             columns,
             of_column,
-            Limits(options.mini_batch_size, options.mini_batch_num_tokens),
+            limits,
             packing=options.packing,
             unique_rows=options.unique_rows,
             pad=pad,
@@ -153,7 +166,7 @@ class _Step:
         self._devices = devices_of(modules.values(), tensors)
         self._surroundings = Surroundings(modules.values(), self._devices)
         self._budget = ActivationBudget(budget_bytes(options.activation_budget, self._devices), list(modules.values()))
-        self._gradients: list[Tensor] = []
+        self._gradients: list[list[Tensor | None]] = []
         self._versions: list[int] = []
         for number, pool in enumerate(self.pools):
             encoder = self.encoders[of_column[pool.columns[0]]]
@@ -194,14 +207,14 @@ class _Step:
     # -- the first pass ------------------------------------------------------------------------------------------------
 
     def embed_all(self, record: bool) -> list[list[Tensor]]:
-        """The embeddings of each column, in the caller's order, and what else ``embed`` returns of the rows.
+        """The outputs of each column, its rows in the caller's order.
 
         Args:
             record: Whether a backward pass may follow.
         """
         begin = RandomState(self._devices) if record else None
         self._versions = self._versions_now()
-        of_pools: list[list[Tensor]] = [[] for _ in self.pools]
+        of_pools: list[list[Output]] = [[] for _ in self.pools]
         try:
             with (
                 self._surroundings.restored(),
@@ -219,15 +232,13 @@ class _Step:
                             outputs = self._first(part, record, part in may_be_kept)
                             progress.update(part.mini_batch.tokens)
                             if part.counts:
-                                _put(of_pools[part.pool], outputs, part.mini_batch)
+                                mini_batch = part.mini_batch
+                                put(of_pools[part.pool], outputs, mini_batch.rows, mini_batch.pool.rows)
         except BaseException:
             if begin is not None:
                 begin.restore()
             raise
-        outputs = len(of_pools[0])
-        return [
-            [self._column(of_pools, output, position) for position in range(self._columns)] for output in range(outputs)
-        ]
+        return [self._column(of_pools, position) for position in range(self._columns)]
 
     def _first(self, part: _Part, record: bool, may_keep: bool) -> Sequence[Tensor]:
         if record:
@@ -240,33 +251,28 @@ class _Step:
         with torch.enable_grad(), self._budget.counting() if counts else nullcontext():
             outputs = self._embed(part.mini_batch, True)
         if part.keep or self._budget.keeps(tokens):
-            part.kept = outputs[0]
+            part.kept = outputs[: self._trained]
         # Without its graph, which would otherwise stand until the next mini-batch is done.
         return [output.detach() for output in outputs]
 
-    def _column(self, of_pools: Sequence[Sequence[Tensor]], output: int, position: int) -> Tensor:
+    def _column(self, of_pools: Sequence[Sequence[Output]], position: int) -> list[Tensor]:
         number, pool = self._pool_of(position)
-        rows = of_pools[number][output]
-        index = pool.index(position)
-        return rows if index is None else rows[torch.from_numpy(index).to(rows.device)]
+        return [output.of(pool.index(position)) for output in of_pools[number]]
 
     def _pool_of(self, position: int) -> tuple[int, Sliced | Pool]:
         return next((number, pool) for number, pool in enumerate(self.pools) if position in pool.columns)
 
     # -- the second pass -----------------------------------------------------------------------------------------------
 
-    def cache(self, gradients: Sequence[Tensor]) -> None:
-        """Keep the gradients of the columns, as those of the rows of the pools."""
+    def cache(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
+        """Keep the gradients of the columns' trained outputs, as those of the rows of the pools."""
         self._gradients = []
         for pool in self.pools:
-            first, *others = pool.columns
-            if not others and pool.index(first) is None:
-                self._gradients.append(gradients[first])
-                continue
-            rows = gradients[first].new_zeros(pool.rows, *gradients[first].shape[1:])
-            for position in pool.columns:
-                rows.index_add_(0, torch.from_numpy(pool.index(position)).to(rows.device), gradients[position])
-            self._gradients.append(rows)
+            indices = [pool.index(position) for position in pool.columns]
+            outputs = zip(*(gradients[position] for position in pool.columns), strict=True)
+            self._gradients.append(
+                [gradients_of_rows(list(zip(output, indices, strict=True)), pool.rows) for output in outputs]
+            )
 
     def replay(self, grad_output: Tensor) -> None:
         """Back-propagate the cache, times ``grad_output`` (), into the parameters of the encoders."""
@@ -302,28 +308,31 @@ class _Step:
 
     def _back_together(self, parts: Sequence[_Part], grad_output: Tensor) -> bool:
         """Embed parts once more and back-propagate all in one; False if none of them is trained."""
-        embedded = [(part, self._second(part)) for part in parts]
-        trained = [(part, embeddings) for part, embeddings in embedded if embeddings.requires_grad]
-        if trained:
-            torch.autograd.backward(
-                [embeddings for _, embeddings in trained],
-                [self._gradient(part, embeddings, grad_output) for part, embeddings in trained],
-            )
-        return bool(trained)
+        pairs = [pair for part in parts for pair in self._with_gradients(part, self._second(part), grad_output)]
+        if pairs:
+            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        return bool(pairs)
 
-    def _second(self, part: _Part) -> Tensor:
+    def _second(self, part: _Part) -> Sequence[Tensor]:
         if part.kept is not None:
             kept, part.kept = part.kept, None
             return kept
         with self._surroundings.autocasting(), part.random_state.restored():
-            return self._embed(part.mini_batch, False)[0]
+            return self._embed(part.mini_batch, False)[: self._trained]
 
-    def _gradient(self, part: _Part, embeddings: Tensor, grad_output: Tensor) -> Tensor:
-        if not part.counts:
-            return torch.zeros_like(embeddings)
-        rows = self._gradients[part.pool]
-        rows = rows[torch.from_numpy(part.mini_batch.rows).to(rows.device)]
-        return (rows * grad_output.to(rows.device)).to(embeddings.dtype)
+    def _with_gradients(
+        self, part: _Part, outputs: Sequence[Tensor], grad_output: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The outputs of a part that have a graph and that the loss has used, each with its gradient."""
+        for output, rows in zip(outputs, self._gradients[part.pool], strict=True):
+            if rows is None or not output.requires_grad:
+                continue
+            if not part.counts:
+                yield output, torch.zeros_like(output)
+                continue
+            rows = rows if output.ndim < 2 else rows[:, : output.shape[1]]
+            rows = rows[torch.from_numpy(part.mini_batch.rows).to(rows.device)]
+            yield output, (rows * grad_output.to(rows.device)).to(output.dtype)
 
     @contextmanager
     def _progress(self, what: str, record: bool) -> Iterator[Any]:
@@ -350,17 +359,3 @@ def _has_active_dropout(encoder: nn.Module) -> bool:
 def _tensors(column: Column) -> list[Tensor]:
     values = [column] if isinstance(column, Tensor) else column.values()
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def _put(rows_of_pool: list[Tensor], outputs: Sequence[Tensor], mini_batch: MiniBatch) -> None:
-    """Store what was found out about a mini-batch in the rows of its pool."""
-    for number, output in enumerate(outputs):
-        rows = mini_batch.rows
-        if output.ndim < 2 or len(output) != len(rows):
-            raise ValueError(
-                f"an encoder must return [{len(rows)}, dimension] for {len(rows)} rows, got {list(output.shape)}."
-            )
-        if number == len(rows_of_pool):
-            rows_of_pool.append(output.new_empty(mini_batch.pool.rows, *output.shape[1:]))
-        with torch.no_grad():
-            rows_of_pool[number][torch.from_numpy(rows).to(output.device)] = output.detach()

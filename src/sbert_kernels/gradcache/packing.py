@@ -8,13 +8,14 @@ the rows of all columns that preprocess alike make one **pool**, sorted by lengt
 
 Within a row nothing moves: leading padding stays, and only padding after the last token is taken away or added. Columns
 that cannot be taken apart row by row (flattened inputs, image grids, tensors without an attention mask, features that
-may be indexed by token in a way not known here) are cut as stock does, in their own order.
+may be indexed by token in a way not known here) are cut as stock does, in their own order. Lists, tuples and arrays
+with one entry a row go with the rows either way (:mod:`entries`), where stock hands them whole to every mini-batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import _create_minibatch, _get_batch_size, _minibatch_ranges
 from torch import Tensor
+
+from . import entries
 
 PACKINGS = ("length", "none")
 
@@ -64,6 +67,9 @@ BY_TOKEN = frozenset(
     }
 )
 
+# What says where the rows of flattened inputs lie.
+FLATTENED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
 Features = dict[str, Any]
 Column = Mapping[str, Any] | Tensor
 
@@ -79,12 +85,14 @@ class Limits:
 class Sliced:
     """A column cut as stock cuts it: ranges of rows in the order they come."""
 
-    def __init__(self, column: Column, position: int, limits: Limits) -> None:
+    def __init__(self, column: Column, position: int, limits: Limits, listed: Collection[str] = ()) -> None:
         self.columns = (position,)
         self.features = column
         if isinstance(column, Tensor):
             column = {"": column}
         self.rows = _get_batch_size(column)
+        self.listed = listed
+        self._beside_tokens = _beside_tokens(column, self.rows)
         self._ranges = _minibatch_ranges(column, limits.rows, limits.tokens)
         self._per_row = _tokens_per_row(column)
         self.budget = max((end - begin for begin, end in self._ranges), default=0) * self._per_row
@@ -102,6 +110,10 @@ class Sliced:
         if isinstance(self.features, Tensor):
             return self.features[begin:end].clone()
         features = _create_minibatch(dict(self.features), begin, end)
+        for key in self.listed:
+            features[key] = entries.take(self.features[key], rows)
+        for key in self._beside_tokens:
+            features[key] = self.features[key][begin:end]
         # Slices are views, and modules may write into what they are given.
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in features.items()}
 
@@ -127,14 +139,16 @@ class Padded:
     """One column of padded features [B, width], looked at row by row.
 
     Args:
-        features: ``attention_mask`` [B, width], others of :data:`BY_TOKEN`, and tensors that are indexed by row alone.
+        features: ``attention_mask`` [B, width], others of :data:`BY_TOKEN`, and what is indexed by row alone.
             Everything else belongs to all rows.
         position: Which column of the batch this is.
+        listed: The features that are no tensors and have one entry a row.
     """
 
-    def __init__(self, features: Mapping[str, Any], position: int) -> None:
+    def __init__(self, features: Mapping[str, Any], position: int, listed: frozenset[str] = frozenset()) -> None:
         self.features = features
         self.position = position
+        self.listed = listed
         self.mask = features["attention_mask"]
         self.rows, self.width = self.mask.shape
         self.by_token = {
@@ -142,7 +156,7 @@ class Padded:
             for key, value in self._tensors()
             if key in BY_TOKEN and value.ndim >= 2 and value.shape[1] == self.width
         }
-        self.by_row = {key for key, _ in self._tensors()}
+        self.by_row = {key for key, _ in self._tensors()} | listed
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         # prompt_length is one number in every form that it takes, also as a tensor of the batch's length.
@@ -175,6 +189,9 @@ class Padded:
             if key not in self.by_row:
                 if not _equal(ours, theirs):
                     return False
+            elif key in self.listed or key in other.listed:
+                if not entries.alike(ours, theirs):
+                    return False
             elif ours.dtype != theirs.dtype or ours.device != theirs.device or ours.ndim != theirs.ndim:
                 return False
             elif key in self.by_token:
@@ -198,12 +215,14 @@ class Padded:
             pad = torch.where(active, -1, ids).amax().reshape(1)
         return torch.cat([length.to(torch.int64), pad.to(torch.int64)])
 
-    def take(self, key: str, rows: Tensor, width: int, pad: int) -> Tensor:
-        """The rows of one feature, cut or padded to a width if it is indexed by token."""
+    def take(self, key: str, rows: np.ndarray, index: Tensor, width: int, pad: int) -> Any:
+        """The rows (``index`` on the columns' device) of one feature, cut or padded to a width if indexed by token."""
         value = self.features[key]
+        if key in self.listed:
+            return entries.take(value, rows)
         if key not in self.by_token:
-            return value[rows]
-        value = value[:, :width][rows]
+            return value[index]
+        value = value[:, :width][index]
         missing = width - value.shape[1]
         return F.pad(value, [0, 0] * (value.ndim - 2) + [0, missing], value=pad) if missing else value
 
@@ -259,20 +278,19 @@ class Pool:
         width = int(self._lengths[rows].max())
         sources = self._sources[rows]
         cuts = np.searchsorted(sources, self._starts)
-        parts = [
-            (column, pad, torch.from_numpy(sources[begin:end] - start).to(column.mask.device))
-            for column, pad, start, begin, end in zip(
-                self._padded, self._pads, self._starts, cuts, cuts[1:], strict=False
-            )
-            if begin < end
-        ]
+        parts = []
+        for column, pad, start, begin, end in zip(self._padded, self._pads, self._starts, cuts, cuts[1:], strict=False):
+            if begin < end:
+                own = sources[begin:end] - start
+                parts.append((column, pad, own, torch.from_numpy(own).to(column.mask.device)))
         first = self._padded[0]
         features: Features = {}
         for key, value in first.features.items():
             if key in first.by_row:
-                pads = [pad if key == "input_ids" else 0 for _, pad, _ in parts]
-                values = [column.take(key, own, width, pad) for (column, _, own), pad in zip(parts, pads, strict=True)]
-                features[key] = values[0] if len(values) == 1 else torch.cat(values)
+                is_id = key == "input_ids"
+                features[key] = entries.join(
+                    [column.take(key, own, index, width, pad if is_id else 0) for column, pad, own, index in parts]
+                )
             else:
                 features[key] = value.clone() if isinstance(value, Tensor) else value
         return features
@@ -281,7 +299,7 @@ class Pool:
 def make_pools(
     columns: Sequence[Column],
     encoders: Sequence[int],
-    limits: Limits,
+    limits: Sequence[Limits],
     *,
     packing: str = "length",
     unique_rows: bool = False,
@@ -291,28 +309,30 @@ def make_pools(
 
     Args:
         columns: Feature dictionaries or tensors, each of any number of rows.
-        encoders: Which encoder embeds each column; only columns of the same one share a pool.
-        limits: See :class:`Limits`. With ``rows`` a mini-batch holds at most the padded tokens of so many rows of the
-            longest length in the columns that take the same route through the same encoder.
+        encoders: Which encoder embeds each column.
+        limits: Those of each column; only columns of the same encoder with the same limits share a pool. With ``rows``
+            a mini-batch holds at most the padded tokens of so many rows of the longest length in the columns that take
+            the same route through the same encoder.
         packing: "length", or "none" for stock's mini-batches in stock's order.
         unique_rows: Whether rows equal in every feature are embedded once.
         pad: The padding token's id of each column's encoder, where it is known.
 
     Raises:
-        ValueError: a column has no rows.
+        ValueError: a column has no rows, or cannot be cut into them.
     """
     pools: list[Sliced | Pool] = []
     groups: list[list[Padded]] = []
     slots: list[Any] = []  # pools and groups in the order of their first columns
     for position, column in enumerate(columns):
-        if not _get_batch_size(column if isinstance(column, Mapping) else {"": column}):
-            raise ValueError(f"column {position} of the batch has no rows.")
-        if packing == "none" or not Padded.fits(column):
-            slots.append(Sliced(column, position, limits))
+        listed = _listed(column, position)
+        if packing == "none" or not Padded.fits(column) or (listed and len(column["attention_mask"]) == 1):
+            # Of a single row nothing says whether a list of one entry is the row's: alone, it need not be known.
+            slots.append(Sliced(column, position, limits[position], listed))
             continue
-        padded = Padded(column, position)
+        padded = Padded(column, position, listed)
         for group in groups:
-            if encoders[group[0].position] == encoders[position] and group[0].alike(padded):
+            first = group[0].position
+            if (encoders[first], limits[first]) == (encoders[position], limits[position]) and group[0].alike(padded):
                 group.append(padded)
                 break
         else:
@@ -321,7 +341,9 @@ def make_pools(
     measured = _on_host([column.measured() for group in groups for column in group])
     by_position = dict(zip([column.position for group in groups for column in group], measured, strict=True))
     # A route of a Router is an encoder of its own: texts that it never sees must not make its mini-batches larger.
-    routes = {position: (encoders[position], columns[position].get("task")) for position in by_position}
+    routes = {
+        position: (encoders[position], limits[position], columns[position].get("task")) for position in by_position
+    }
     for slot in slots:
         if isinstance(slot, Sliced):
             pools.append(slot)
@@ -332,7 +354,7 @@ def make_pools(
             Pool(
                 slot,
                 [by_position[column.position] for column in slot],
-                limits.tokens or _stock_budget(same_route, limits.rows),
+                limits[position].tokens or _stock_budget(same_route, limits[position].rows),
                 unique=unique_rows,
                 pad=(pad[position] if pad else None) or 0,
             )
@@ -379,23 +401,58 @@ def pack(lengths: np.ndarray, budget: int, per_call: int) -> list[np.ndarray]:
     return mini_batches
 
 
+def _listed(column: Column, position: int) -> frozenset[str]:
+    """:func:`entries.listed` of a column, if it can be cut into rows at all."""
+    features = column if isinstance(column, Mapping) else {"": column}
+    ids = features.get("input_ids")
+    if "offsets" in features and isinstance(ids, Tensor) and ids.ndim == 1:
+        raise ValueError(
+            f"column {position} of the batch is an embedding bag (token ids end to end and 'offsets', as a "
+            "StaticEmbedding takes them), which a gradient cache does not cut into mini-batches: an encoder that only "
+            "looks up vectors has no activations to save. Use the loss without a cache."
+        )
+    rows = _get_batch_size(features)
+    if not rows:
+        raise ValueError(f"column {position} of the batch has no rows.")
+    return entries.listed(features, rows, position)
+
+
 def _unique_rows(columns: Sequence[Padded], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The number of each row's class of equal rows, [n], and the first row of each class, [classes]."""
-    classes: dict[bytes, int] = {}
+    classes: dict[tuple[bytes, ...], int] = {}
     numbers, firsts = [], []
     lengths_left = iter(lengths)
     for column in columns:
-        tables = [_as_bytes(column.features[key], key in column.by_token) for key in sorted(column.by_row)]
+        keys = sorted(column.by_row - column.listed)
+        tables = [_as_bytes(column.features[key], key in column.by_token) for key in keys]
+        lists = [column.features[key] for key in sorted(column.listed)]
         for row in range(column.rows):
             length = int(next(lengths_left))
-            content = b"".join(
-                [table[row, : length * size].tobytes() if size else table[row].tobytes() for table, size in tables]
+            content = (
+                *(table[row, : length * size].tobytes() if size else table[row].tobytes() for table, size in tables),
+                *(entries.as_bytes(value, row) for value in lists),
             )
             number = classes.setdefault(content, len(classes))
             if number == len(firsts):
                 firsts.append(len(numbers))
             numbers.append(number)
     return np.asarray(numbers, dtype=np.int64), np.asarray(firsts, dtype=np.int64)
+
+
+def _beside_tokens(column: Mapping[str, Any], rows: int) -> list[str]:
+    """The tensors of flattened inputs that have one entry a row: stock cuts those that are indexed by token alone."""
+    if "cu_seq_lens_q" not in column:
+        return []
+    tokens = int(column["cu_seq_lens_q"][-1])
+    return [
+        key
+        for key, value in column.items()
+        if isinstance(value, Tensor)
+        and value.ndim
+        and len(value) == rows
+        and value.shape[-1] != tokens
+        and key not in FLATTENED | entries.OF_ALL_ROWS
+    ]
 
 
 def _tokens_per_row(column: Column) -> float:

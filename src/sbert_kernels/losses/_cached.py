@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sentence_transformers.base.losses.gradcache import has_static_embedding_input
 from torch import Tensor
 
 from .. import settings
@@ -21,10 +22,25 @@ from ._scale import learnable
 logger = logging.getLogger(__name__)
 
 
+def check_splits(owner: str, model: Any, instead: str) -> None:
+    """Refuse a model whose inputs no gradient cache cuts into mini-batches, as stock's Cached losses do.
+
+    Raises:
+        ValueError: the model embeds with a StaticEmbedding; says what to do ``instead``.
+    """
+    # Wrapped for distributed training, say, it does not show its modules: then its features are refused.
+    if hasattr(model, "__getitem__") and has_static_embedding_input(model):
+        raise ValueError(
+            f"{owner} cannot split the inputs of a model with a StaticEmbedding into mini-batches, and such a model "
+            f"has no activations to save: {instead}."
+        )
+
+
 class GradientCached:
     """Our gradient cache in the place of stock's; a base before that of stock.
 
-    The options are those of :class:`~sbert_kernels.gradcache.options.Options`, read off the loss at each call.
+    The options are those of :class:`~sbert_kernels.gradcache.options.Options`, read off the loss at each call. What
+    they mean for encoders whose rows depend on each other, or on their padding, stands there.
     """
 
     model: Any
@@ -36,11 +52,14 @@ class GradientCached:
     activation_budget: int | str | None = None
 
     def _set_cache_options(self, packing: str, unique_rows: bool, activation_budget: int | str | None) -> None:
-        """Those that stock does not have; to be called when the others are set."""
+        """Those that stock does not have; to be called when the others are set. Numbers become ints."""
         self.packing = packing
         self.unique_rows = unique_rows
         self.activation_budget = activation_budget
-        self.cache_options()
+        options = self.cache_options()
+        self.mini_batch_size = options.mini_batch_size
+        self.mini_batch_num_tokens = options.mini_batch_num_tokens
+        self.activation_budget = options.activation_budget
 
     def cache_options(self) -> Options:
         """The options as they are now, checked."""
@@ -84,9 +103,10 @@ class GradientCached:
             embed,
             [self.model] * len(columns),
             columns,
-            lambda *embeddings: stage(*embeddings, **backward),
+            lambda outputs: stage(*map(list, zip(*outputs, strict=True)), **backward),
             options,
             [pad_token_id(self.model)] * len(columns),
+            trained=1,
         )
 
     def embed_rows(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
@@ -112,6 +132,12 @@ class GradientCached:
         return True
 
     def _embed_through_override(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
+        if mini_batch.pool.listed:
+            log_once(
+                logger,
+                f"{type(self).__name__} hands {sorted(mini_batch.pool.listed)}, which are no tensors, whole to every "
+                "mini-batch, as sentence-transformers does: its embed_minibatch was overridden, and has to cut them.",
+            )
         embeddings, *more, _ = self.embed_minibatch(
             sentence_feature=mini_batch.pool.features,
             begin=int(mini_batch.rows[0]),

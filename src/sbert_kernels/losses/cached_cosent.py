@@ -11,7 +11,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor
 
 from ..gradcache.stage import backward_to_embeddings
-from ._cached import GradientCached
+from ._cached import GradientCached, check_splits
 from .cosent import AnglELoss, CoSENTLoss
 
 
@@ -50,6 +50,9 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
         model, scale, similarity_fct, gather_across_devices: See :class:`CoSENTLoss`.
         mini_batch_size, mini_batch_num_tokens, packing, unique_rows, activation_budget, show_progress_bar: See
             :class:`~sbert_kernels.gradcache.options.Options`.
+
+    Raises:
+        ValueError: an option that cannot be, or a model with a StaticEmbedding, which has no activations to save.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
         unique_rows: bool = False,
         activation_budget: int | str | None = None,
     ) -> None:
+        check_splits(type(self).__name__, model, "take CoSENTLoss")
         super().__init__(model, scale, similarity_fct, gather_across_devices=gather_across_devices)
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
@@ -89,6 +93,7 @@ class CachedAnglELoss(_Cached, AnglELoss):
         unique_rows: bool = False,
         activation_budget: int | str | None = None,
     ) -> None:
+        check_splits(type(self).__name__, model, "take AnglELoss")
         super().__init__(model, scale, gather_across_devices=gather_across_devices)
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens

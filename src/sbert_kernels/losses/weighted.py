@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import (
-    CachedLossMixin,
-    has_static_embedding_input,
-    uses_gradient_cache,
-)
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, uses_gradient_cache
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
@@ -23,7 +19,7 @@ from torch import Tensor, nn
 
 from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
-from ._cached import GradientCached
+from ._cached import GradientCached, check_splits
 from ._components import ADDED, Components
 from ._learned import LearnsValues
 from ._scale import as_scale, learnable
@@ -86,11 +82,8 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
             _check_loss(entry, value[0], model, name)
             _check_weight(entry, value[1])
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
-        if self.uses_gradient_cache and has_static_embedding_input(model):
-            raise ValueError(
-                f"{name} cannot split the inputs of a model with a StaticEmbedding into mini-batches: leave "
-                "mini_batch_size and mini_batch_num_tokens out."
-            )
+        if self.uses_gradient_cache:
+            check_splits(name, model, "leave mini_batch_size and mini_batch_num_tokens out")
         self.model = model
         self.losses = nn.ModuleDict({entry: loss for entry, (loss, _) in losses.items()})
         # Moves and saves tensors, and leaves numbers what they are.

@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..backends.problem import contrastive as contract
 from ..backends.problem.contrastive import ContrastiveProblem, Needs
+from ..integers import as_integer
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, handle_of, learnable, scaled
@@ -295,16 +296,17 @@ def _prefixes(dims: Any, weights: Any, dimension: int) -> tuple[tuple[int, ...],
         raise ValueError(f"matryoshka_weights has {len(weights)} numbers, expected {len(dims)}, one a width.")
     total: dict[int, float] = {}
     for dim, weight in zip(dims, weights, strict=True):
-        if not isinstance(dim, Integral) or isinstance(dim, bool):
+        width = as_integer(dim)
+        if width is None:
             raise TypeError(f"matryoshka_dims must be integers, got {dim!r}.")
-        if not 1 <= dim <= dimension:
+        if not 1 <= width <= dimension:
             raise ValueError(f"matryoshka_dims must be in 1 .. {dimension}, the embeddings' dimension; got {dim}.")
         # Not a tensor: the gradient of a learnable one would be lost.
         if not isinstance(weight, Real):
             raise TypeError(f"matryoshka_weights must be numbers, got {weight!r}.")
         if not math.isfinite(weight):
             raise ValueError(f"matryoshka_weights must be finite, got {weight}.")
-        total[int(dim)] = total.get(int(dim), 0.0) + float(weight)
+        total[width] = total.get(width, 0.0) + float(weight)
     widths = tuple(sorted(total))
     return widths, tuple(total[width] for width in widths)
 

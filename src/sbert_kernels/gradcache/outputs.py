@@ -1,0 +1,104 @@
+"""What encoders return, mini-batch by mini-batch, put together for all the rows of a pool.
+
+An output may have another second dimension in every mini-batch: embeddings of tokens [n, tokens, D] do, as mini-batches
+are as wide as their longest text, and so does the mask that comes with them. Each row is then filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Output:
+    """One output of an encoder, for all the rows of a pool.
+
+    Args:
+        first: That of the first mini-batch, [n, ...].
+        rows: Of the pool.
+        alone: Whether the encoder returns nothing else: rows of vectors [n, D] are then all as long.
+    """
+
+    def __init__(self, first: Tensor, rows: int, alone: bool) -> None:
+        self._values = first.new_zeros(rows, *first.shape[1:])
+        self._widths = np.zeros(rows, dtype=np.int64)
+        self._fixed = first.ndim < 2 or (first.ndim == 2 and alone)
+
+    def put(self, output: Tensor, rows: np.ndarray) -> None:
+        """Store what a mini-batch of these rows gave.
+
+        Raises:
+            ValueError: it does not go with those before it.
+        """
+        before = self._values.shape
+        fixed = 1 if self._fixed else 2
+        if output.ndim != len(before) or output.shape[fixed:] != before[fixed:]:
+            raise ValueError(
+                f"an encoder returned {list(output.shape)} for {len(rows)} rows, which does not go with "
+                f"{list(before[1:])} a row in another mini-batch: only the second of three or more dimensions may "
+                "differ."
+            )
+        index = torch.from_numpy(rows).to(output.device)
+        if self._fixed:
+            self._values[index] = output
+            return
+        width = output.shape[1]
+        if width > before[1]:
+            self._values = F.pad(self._values, [0, 0] * (output.ndim - 2) + [0, width - before[1]])
+        self._values[:, :width][index] = output
+        self._widths[rows] = width
+
+    def of(self, index: np.ndarray | None) -> Tensor:
+        """The rows of a column, in its order; no wider than the mini-batches that they were in.
+
+        Args:
+            index: The pool's row that each of them is, or None where they are the same.
+        """
+        if index is None:
+            return self._values
+        values = self._values if self._fixed else self._values[:, : int(self._widths[index].max())]
+        return values[torch.from_numpy(index).to(values.device)]
+
+
+def put(outputs: list[Output], new: Sequence[Tensor], rows: np.ndarray, of_pool: int) -> None:
+    """Store the outputs of a mini-batch, which has these rows out of ``of_pool``.
+
+    Raises:
+        ValueError: they have not one entry a row, or do not go with those of the mini-batches before.
+    """
+    for output in new:
+        if not output.ndim or len(output) != len(rows):
+            raise ValueError(
+                f"an encoder must return [{len(rows)}, dimension] for {len(rows)} rows, got {list(output.shape)}."
+            )
+    if not outputs:
+        outputs += [Output(output, of_pool, alone=len(new) == 1) for output in new]
+    if len(outputs) != len(new):
+        raise ValueError(f"an encoder returned {len(outputs)} tensors for one mini-batch and {len(new)} for another.")
+    with torch.no_grad():
+        for output, values in zip(outputs, new, strict=True):
+            output.put(values.detach(), rows)
+
+
+def gradients_of_rows(columns: Sequence[tuple[Tensor | None, np.ndarray | None]], rows: int) -> Tensor | None:
+    """The gradient of one output for all the rows of a pool, from those of its columns; None if none has any.
+
+    Args:
+        columns: The gradient of each column, and the pool's row that each of its rows is (None: the same).
+        rows: Of the pool.
+    """
+    given = [(gradient, index) for gradient, index in columns if gradient is not None]
+    if not given:
+        return None
+    if len(columns) == 1 and given[0][1] is None:
+        return given[0][0]
+    widest = max((gradient for gradient, _ in given), key=lambda gradient: gradient.shape[1:])
+    total = widest.new_zeros(rows, *widest.shape[1:])
+    for gradient, index in given:
+        own = total if gradient.ndim < 2 else total[:, : gradient.shape[1]]
+        own.index_add_(0, torch.from_numpy(index).to(gradient.device), gradient)
+    return total
