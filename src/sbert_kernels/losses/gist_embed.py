@@ -13,12 +13,13 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from ..ops.contrastive import contrastive_loss
+from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
 from ._serving import serves
 
 
-class GISTEmbedLoss(stock.GISTEmbedLoss):
+class GISTEmbedLoss(DropIn, stock.GISTEmbedLoss):
     """Stock's GISTEmbedLoss (see there for the arguments) as matrix products, in blocks.
 
     Stock broadcasts every pair of vectors into an N x N x D tensor; here the model's and the guide's similarities of a

@@ -21,6 +21,7 @@ from typing_extensions import deprecated
 from .. import settings
 from ..backends.problem.contrastive import DUPLICATES
 from ..ops.contrastive import contrastive_loss
+from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, plain_scale
@@ -36,7 +37,7 @@ def check_duplicates(duplicates: str) -> str:
     return duplicates
 
 
-class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
     """Stock's MultipleNegativesRankingLoss (see there for the arguments), without its N x N matrices.
 
     Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
@@ -119,7 +120,6 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         return serves(self, unsupported, self.new_options() | (new_options or {}))
 
     def new_options(self) -> dict[str, Any]:
-        """The options that stock does not have, where they are set."""
         return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
 
     def compute_loss(

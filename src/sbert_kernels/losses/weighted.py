@@ -24,6 +24,7 @@ from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
 from ._cached import GradientCached
 from ._components import ADDED, Components
+from ._drop_in import keep_ours
 from ._scale import as_scale, learnable
 
 # What the Trainer itself logs or counts beside the terms of a loss.
@@ -91,6 +92,7 @@ class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
             )
         self.model = model
         self.losses = nn.ModuleDict({entry: loss for entry, (loss, _) in losses.items()})
+        keep_ours(self.losses.values())
         # Moves and saves tensors, and leaves numbers what they are.
         self.weights = nn.ParameterDict({entry: _stored(weight) for entry, (_, weight) in losses.items()})
         self.mini_batch_size = mini_batch_size
@@ -115,6 +117,10 @@ class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
 
             total = self.run_cached(sentence_features, stage)
             return found[0].driven_by(total)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        keep_ours(self.losses.values())  # those that were put in later, too
+        return super().__reduce_ex__(protocol)
 
     def components(self, embeddings: list[Tensor], labels: Tensor | None) -> Mapping[str, Any]:
         """The values by name, not weighted yet, from one column of embeddings [B, D] for each of the inputs.
