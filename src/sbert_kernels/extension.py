@@ -235,7 +235,7 @@ def obstacle() -> str | None:
         return f"torch cannot be imported ({error})"
     try:
         program = _compiler()[0]
-    except (IndexError, ValueError):
+    except ValueError:
         return f"CXX={os.environ['CXX']!r} is not a command"
     if shutil.which(program) is None:
         return f"there is no C++ compiler ({program!r} is not found; CXX names another)"
@@ -248,12 +248,15 @@ def _compiler() -> list[str]:
     """The compiler's command, word by word: ``CXX`` may name a launcher before the compiler, and flags after it.
 
     Raises:
-        ValueError: CXX has a quote without its partner; IndexError of the first word: CXX is blank.
+        ValueError: CXX is blank, or has a quote without its partner.
     """
     command = os.environ.get("CXX")
     if sys.platform == "win32":  # a path there has backslashes and spaces, and torch compiles with cl in any case
         return [command or "cl"]
-    return shlex.split(command) if command else ["c++"]
+    words = shlex.split(command) if command else ["c++"]
+    if not words:
+        raise ValueError("CXX is blank")
+    return words
 
 
 def _one_word(compiler: list[str], scratch: Path) -> Mapping[str, str]:

@@ -91,7 +91,7 @@ def patch() -> Patch:
         _rebind(module, attribute, drop_ins[_path(stock)])
     logger.info(
         "sbert_kernels.patch() replaced %d losses of sentence-transformers%s, under %d names.",
-        len(replaced),
+        len({_path(cls) for cls in replaced}),
         ", which had become stock's again" if _in_force else "",
         len(ours),
     )

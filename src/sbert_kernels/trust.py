@@ -38,7 +38,7 @@ def distrust(path: Path) -> str | None:
     for entry in (path, *path.parents):
         try:
             status = os.lstat(entry)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # of the latter, a parent says more
             continue
         reason = _distrust_entry(entry, status, is_parent=entry is not path)
         if reason is not None:

@@ -4,7 +4,7 @@ A class that stock has too subclasses it and overrides the computation only, so 
 cards and whatever else looks at a loss keep working.
 """
 
-from . import _versions  # noqa: F401  first: it says which sentence-transformers is wanted
+from .. import versions  # noqa: F401  first: it says which sentence-transformers is wanted
 from .angle_objective import AnglEObjective
 from .cached_cosent import CachedAnglELoss, CachedCoSENTLoss
 from .cached_gist_embed import CachedGISTEmbedLoss
