@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import logging
 import pickle
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
 import sbert_kernels
-from sbert_kernels import losses, patch, unpatch
+from sbert_kernels import is_patched, losses, patch, unpatch
 
 # Of the losses that stock has, the package that exports each.
 PACKAGES = {name: package for package in (stock, sparse) for name in losses.__all__ if hasattr(package, name)}
@@ -77,6 +79,63 @@ def test_the_deprecated_alias_is_patched() -> None:
 
         assert alias.MultipleNegativesRankingLoss is losses.MultipleNegativesRankingLoss
         assert GISTEmbedLoss is losses.GISTEmbedLoss
+
+
+def test_what_was_reloaded_is_replaced_again() -> None:
+    """Before the first patch() too, and whatever module holds the class by now."""
+    modules = [sys.modules[MODULES[name]] for name in ("MultipleNegativesRankingLoss", "GISTEmbedLoss")]
+    contents = [dict(vars(module)) for module in modules]
+    try:
+        for module in modules:
+            importlib.reload(module)
+        patch()
+        assert is_patched()
+        assert not set(STOCK.values()) & set(bound().values())
+        assert modules[0].MultipleNegativesRankingLoss is losses.MultipleNegativesRankingLoss
+        importlib.reload(modules[1])
+        again = modules[1].GISTEmbedLoss
+        assert again not in (losses.GISTEmbedLoss, STOCK["GISTEmbedLoss"])
+        assert not is_patched()
+        assert patch().replaced == STOCK
+        assert is_patched()
+        assert [modules[1].GISTEmbedLoss, stock.GISTEmbedLoss] == [losses.GISTEmbedLoss] * 2
+        unpatch()
+        assert modules[1].GISTEmbedLoss is again
+        assert stock.GISTEmbedLoss is STOCK["GISTEmbedLoss"]
+        assert not is_patched()
+    finally:
+        for module, content in zip(modules, contents, strict=True):
+            vars(module).update(content)
+
+
+def test_one_line_says_how_much_was_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="sbert_kernels")
+    names = sum(value in STOCK.values() for value in bound().values())
+    patch()
+    patch()
+    assert caplog.messages == [
+        f"sbert_kernels.patch() replaced {len(STOCK)} losses of sentence-transformers, under {names} names."
+    ]
+
+
+def test_is_patched_tells_whose_a_loss_is(embedded: Callable[..., Any]) -> None:
+    name = "MultipleNegativesRankingLoss"
+    early = STOCK[name](embedded())
+    assert not is_patched()
+    with patch():
+        assert is_patched()
+        loss = getattr(stock, name)(embedded())
+        assert type(loss).__module__ == STOCK[name].__module__  # which is why somebody asks
+        assert is_patched(loss)
+        assert is_patched(getattr(stock, name))
+        assert not is_patched(early)
+        assert not is_patched(stock.CosineSimilarityLoss)
+        assert is_patched(losses.WeightedLoss(loss.model, {"part": (loss, 1.0)}))
+    assert not is_patched()
+    assert is_patched(loss)
+    assert not is_patched(getattr(stock, name))
+    with pytest.raises(TypeError, match="loss must be a loss"):
+        is_patched({"a": loss})
 
 
 def test_is_idempotent_and_nests() -> None:
@@ -166,10 +225,10 @@ def test_before_anything_else_is_imported() -> None:
         "print(issubclass(L, sbert_kernels.losses.MultipleNegativesRankingLoss))\n"
         "sbert_kernels.unpatch()\n"
         "from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as S\n"
-        "print(S is L.__mro__[1])"
+        "print(S in L.__mro__, S is not L)"
     )
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
-    assert run.stdout.split() == ["True", "True"], run.stderr
+    assert run.stdout.split() == ["True", "True", "True"], run.stderr
 
 
 def test_public_names_are_the_functions() -> None:

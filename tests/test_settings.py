@@ -43,6 +43,29 @@ def test_unreadable_values_are_named(
         settings.get(name)
 
 
+def test_a_misspelt_variable_is_named_once_with_what_it_may_have_meant(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("SBERT_KERNELS_BUILD", "SBERT_KERNELS_CACHE", "SBERT_MODEL"):
+        monkeypatch.setenv(name, "1")
+    settings.get("disable")
+    assert caplog.messages == []
+    misspelt = {
+        "SBERT_KERNELS_DISABEL": "SBERT_KERNELS_DISABLE",
+        "SBERT_KERNEL_BACKEND": "SBERT_KERNELS_BACKEND",
+        "SBERT_KERNELS_BLOCKBYTES": "SBERT_KERNELS_BLOCK_BYTES",
+        "SBERTKERNELS_COMPILE": "SBERT_KERNELS_COMPILE",
+    }
+    for name in misspelt:  # one after the other, as a notebook would
+        monkeypatch.setenv(name, "1")
+        settings.get("disable")
+        settings.get("backend")
+    assert caplog.messages == [
+        f"The environment variable {name} has no meaning to sbert-kernels: is it {meant}?"
+        for name, meant in misspelt.items()
+    ]
+
+
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown setting"), settings.override(dissable=True):
         pass

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ops.ranking import angle_loss as angle_loss
     from .ops.ranking import cosent_loss as cosent_loss
     from .ops.ranking import ranking_loss as ranking_loss
+    from .patching import is_patched as is_patched
     from .patching import patch as patch
     from .patching import unpatch as unpatch
 
@@ -30,6 +31,7 @@ _PUBLIC = {
     "angle_loss": ("ops.ranking", "angle_loss"),
     "contrastive_loss": ("ops.contrastive", "contrastive_loss"),
     "cosent_loss": ("ops.ranking", "cosent_loss"),
+    "is_patched": ("patching", "is_patched"),
     "losses": ("losses", None),
     "pairwise_similarity": ("ops.pairwise", "pairwise_similarity"),
     "patch": ("patching", "patch"),

@@ -3,6 +3,9 @@
 This file holds the one list of sources and flags. ``setup.py`` builds with it too, so importing it needs neither torch
 nor a compiler. The library registers its operators with ``TORCH_LIBRARY`` and uses nothing of Python: one file serves
 every Python version, but only the torch version whose C++ headers it was compiled against.
+
+A library in the cache is code that runs in whoever loads it: :mod:`.trust` says which one may be. A prebuilt one is
+trusted as the package is, in whose folder it lies.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import settings
+from . import settings, trust
 
 logger = logging.getLogger(__name__)
 
@@ -164,46 +167,64 @@ def _compiled(cache: str | None, compile_allowed: bool) -> Path:
     """The library of this torch and these sources in the cache, compiled if it is not there yet.
 
     Raises:
-        BuildError: if it must not or cannot be compiled, or the cache cannot be written.
+        BuildError: if it must not or cannot be compiled, or the cache cannot be written, or others can write it.
     """
     import filelock
 
     asked_at = time.time()
     try:
         # Homes are shared between containers: a library linked against a newer libc does not load on an older one.
-        directory = _cache_directory(cache) / "-".join((_key(), *filter(None, platform.libc_ver())))
-        library, log = directory / f"{_NAME}{_SUFFIX}", directory / "build.log"
-        if library.exists():
+        name = "-".join((_key(), *filter(None, platform.libc_ver())))
+        # Links are followed once, here: what is checked is then what is opened.
+        directory = Path(os.path.realpath(_cache_directory(cache) / name))
+        library, log, lock = directory / f"{_NAME}{_SUFFIX}", directory / "build.log", directory / "lock"
+        _check_trust(directory)
+        if _usable(library):
             return library
-        if not compile_allowed:
-            raise BuildError("compiling on first use is forbidden by SBERT_KERNELS_COMPILE=0")
-        missing = obstacle()
+        reason = trust.distrust(library) if os.path.lexists(library) else None
+        why_again = "" if reason is None else f"; the one that is there is not loaded: {reason}"
+        missing = obstacle() if compile_allowed else "compiling on first use is forbidden by SBERT_KERNELS_COMPILE=0"
         if missing is not None:
-            raise BuildError(missing)
-        directory.mkdir(parents=True, exist_ok=True)
+            raise BuildError(missing + why_again)
+        trust.make_folder(directory)
+        _check_trust(directory)  # somebody else may have been faster
+        if os.path.lexists(lock):
+            _check_trust(lock)
         # The operating system frees this lock when its holder dies, unlike the lock of torch.utils.cpp_extension.
-        with filelock.FileLock(str(directory / "lock"), timeout=_TIMEOUT_S):
-            if library.exists():
+        with filelock.FileLock(str(lock), timeout=_TIMEOUT_S, mode=0o600):
+            if _usable(library):
                 return library
-            if log.exists() and log.stat().st_mtime > asked_at:  # whoever held the lock has just failed: so would we
-                raise BuildError(_reason(log))
+            # Whoever held the lock has just failed: so would we.
+            if log.exists() and log.stat().st_mtime > asked_at and trust.distrust(log) is None:
+                raise BuildError(f"{_reason(log)} (full log: {log})")
             for left in directory.glob(".build-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             logger.warning(
                 "Compiling the CPU kernels of sbert-kernels, once for this torch, into %s; this takes about a minute. "
-                "SBERT_KERNELS_COMPILE=0 forbids it, at the price of slower losses.",
+                "SBERT_KERNELS_COMPILE=0 forbids it, at the price of slower losses%s.",
                 directory,
+                why_again,
             )
             try:
                 build(library, log)
             except BuildError as error:
-                logger.warning("The CPU kernels of sbert-kernels cannot be compiled: %s. Full log: %s.", error, log)
-                raise
+                raise BuildError(f"{error} (full log: {log})") from None
     except filelock.Timeout:
         raise BuildError(f"another process has been compiling in {directory} for {_TIMEOUT_S:.0f} s") from None
     except (OSError, RuntimeError) as error:  # no home, not writable, no locks on that file system
         raise BuildError(f"the cache cannot be used ({error}); SBERT_KERNELS_CACHE names another") from None
     return library
+
+
+def _check_trust(path: Path) -> None:
+    reason = trust.distrust(path)
+    if reason is not None:
+        raise BuildError(f"the cache cannot be trusted: {reason}; SBERT_KERNELS_CACHE names another")
+
+
+def _usable(library: Path) -> bool:
+    """Whether the library is there and may be loaded; one that others could have written is compiled over instead."""
+    return os.path.lexists(library) and trust.distrust(library) is None
 
 
 def obstacle() -> str | None:
@@ -212,16 +233,41 @@ def obstacle() -> str | None:
         import torch  # noqa: F401
     except ImportError as error:
         return f"torch cannot be imported ({error})"
-    compiler = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
     try:
-        program = shlex.split(compiler)[0]
-    except (IndexError, ValueError):
-        return f"CXX={compiler!r} is not a command"
+        program = _compiler()[0]
+    except ValueError:
+        return f"CXX={os.environ['CXX']!r} is not a command"
     if shutil.which(program) is None:
-        return f"there is no C++ compiler ({compiler!r} is not found; CXX names another)"
+        return f"there is no C++ compiler ({program!r} is not found; CXX names another)"
     if shutil.which("ninja", path=_environment()["PATH"]) is None:
         return "there is no ninja (pip install ninja)"
     return None
+
+
+def _compiler() -> list[str]:
+    """The compiler's command, word by word: ``CXX`` may name a launcher before the compiler, and flags after it.
+
+    Raises:
+        ValueError: CXX is blank, or has a quote without its partner.
+    """
+    command = os.environ.get("CXX")
+    if sys.platform == "win32":  # a path there has backslashes and spaces, and torch compiles with cl in any case
+        return [command or "cl"]
+    words = shlex.split(command) if command else ["c++"]
+    if not words:
+        raise ValueError("CXX is blank")
+    return words
+
+
+def _one_word(compiler: list[str], scratch: Path) -> Mapping[str, str]:
+    """The variables that make torch, which takes CXX for the name of one program, run a command of several words."""
+    if len(compiler) == 1:
+        return {"CXX": compiler[0]}
+    script = scratch / "c++"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n')
+    script.chmod(0o700)
+    # torch would put ccache before it, which may be in the command already.
+    return {"CXX": str(script), "TORCH_NO_COMPILER_WRAPPER": "1"}
 
 
 def _environment() -> Mapping[str, str]:
@@ -239,8 +285,12 @@ def _environment() -> Mapping[str, str]:
     return {"MAX_JOBS": str(jobs), **os.environ, "PATH": os.pathsep.join(path)}
 
 
-# It also loads the library, so that one which cannot be loaded is never put in place.
-_BUILD_SCRIPT = "import json, sys; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"
+# It also loads the library, so that one which cannot be loaded is never put in place. Python would import from the
+# current folder (the empty entry), which may be anybody's.
+_BUILD_SCRIPT = (
+    "import sys; sys.path[:] = filter(None, sys.path)\n"
+    "import json; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"
+)
 
 
 def build(library: Path, log: Path) -> None:
@@ -264,14 +314,15 @@ def build(library: Path, log: Path) -> None:
             "verbose": True,
         }
         command = [sys.executable, "-c", _BUILD_SCRIPT, json.dumps(arguments)]
-        with log.open("w") as output:
+        log.unlink(missing_ok=True)  # never through a link
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w") as output:
             try:
                 done = subprocess.run(
                     command,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env=_environment(),
+                    env={**_environment(), **_one_word(_compiler(), Path(scratch))},
                     timeout=_TIMEOUT_S,
                 )
             except subprocess.TimeoutExpired:
@@ -281,6 +332,7 @@ def build(library: Path, log: Path) -> None:
         built = Path(scratch) / f"{_NAME}{_SUFFIX}"
         with built.open("rb+") as file:  # whole on the disk before it has its name, whatever happens to the machine
             os.fsync(file.fileno())
+        built.chmod(0o755)  # whatever the umask: nobody else may write it
         os.replace(built, library)
 
 

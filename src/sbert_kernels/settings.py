@@ -6,12 +6,18 @@ An override (:func:`override`) wins over the environment and is local to the cur
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+from .logs import log_once
+
+logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
 
@@ -107,6 +113,9 @@ VARIABLES: dict[str, Variable] = {
     ),
 }
 
+# Read elsewhere: by setup.py.
+OTHER_VARIABLES = ("SBERT_KERNELS_BUILD",)
+
 _OVERRIDES: ContextVar[dict[str, Any] | None] = ContextVar("sbert_kernels_overrides", default=None)
 
 
@@ -116,6 +125,7 @@ def get(name: str) -> Any:
     Raises:
         ValueError: if the environment variable holds text that cannot be read.
     """
+    _look_for_misspelt()
     overrides = _OVERRIDES.get()
     if overrides and name in overrides:
         return overrides[name]
@@ -127,6 +137,23 @@ def get(name: str) -> Any:
         return variable.parse(text)
     except ValueError as wanted:
         raise ValueError(f"{variable.environment}={text!r} cannot be read: expected {wanted}.") from None
+
+
+_looked_at: int | None = None  # how many variables there were when they were looked through last
+
+
+def _look_for_misspelt() -> None:
+    """Log one line for each variable that is named nearly like ours, which would do nothing and say nothing."""
+    global _looked_at
+    if len(os.environ) == _looked_at:  # cheap enough for each call
+        return
+    _looked_at = len(os.environ)
+    known = [*(variable.environment for variable in VARIABLES.values()), *OTHER_VARIABLES]
+    for name in os.environ:
+        plain = name.upper().replace("-", "_")
+        if name not in known and plain.startswith(("SBERT_KERNEL", "SBERTKERNEL")):
+            closest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
+            log_once(logger, f"The environment variable {name} has no meaning to sbert-kernels: is it {closest}?")
 
 
 def block_bytes(usual: int = 64 * MIB) -> int:

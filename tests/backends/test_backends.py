@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sbert_kernels import use_backend
+from sbert_kernels import contrastive_loss, cosent_loss, extension, use_backend
 from sbert_kernels.__main__ import main
 from sbert_kernels.backends import BACKENDS, OPERATIONS, choose
 from sbert_kernels.backends import triton as triton_backend
@@ -185,10 +185,23 @@ def test_a_gpu_without_triton_is_served_by_torch_ops_and_one_line_says_so(
     triton_is(None)
     problem = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            assert choose("contrastive", problem=problem).backend.name == "blockwise"
-    assert [r.getMessage() for r in caplog.records] == [
-        "contrastive is not computed by the triton kernels: Triton is not installed."
+        for operation in OPERATIONS * 2:
+            assert choose(operation, problem=problem).backend.name == "blockwise"
+    (line,) = caplog.messages
+    assert line.startswith("The triton kernels are not in use: Triton is not installed. Torch operations compute")
+
+
+def test_without_compiled_kernels_one_line_says_why_what_computes_instead_and_what_it_costs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(extension, "load", lambda: "there is no C++ compiler")
+    x, labels = torch.randn(4, 3), torch.arange(4.0)
+    for _ in range(2):
+        contrastive_loss(x, x)
+        cosent_loss(x, x.flip(0), labels)
+    assert caplog.messages == [
+        "The cpu kernels are not in use: there is no C++ compiler. Torch operations compute the same in blocks "
+        "instead: without N x N matrices, but mostly no faster than sentence-transformers' own losses."
     ]
 
 

@@ -116,8 +116,19 @@ def choose(operation: str, requested: str | None = None, problem: Any = None, de
             return Choice(backend, f"first in order of preference: {backend.summary}{passed_over}")
         passed_over += f"; not {backend.name}: {reason}"
         if problem is not None and problem.device.type == backend.device:
-            log_once(logger, f"{operation} is not computed by the {backend.name} kernels: {reason}.")
+            _log_passed_over(backend, operation, reason, str(problem.device))
     raise AssertionError(f"no backend serves {operation!r}")
+
+
+def _log_passed_over(backend: Backend, operation: str, reason: str, device: str) -> None:
+    """Log what the kernels that are made for a device do not serve: this problem, or one line for all of them."""
+    line = f"{operation} is not computed by the {backend.name} kernels: {reason}."
+    if backend.unsupported(operation, None, device=device) == reason:
+        line = (
+            f"The {backend.name} kernels are not in use: {reason}. Torch operations compute the same in blocks "
+            "instead: without N x N matrices, but mostly no faster than sentence-transformers' own losses."
+        )
+    log_once(logger, line)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A class that stock has too subclasses it and overrides the computation only, so 
 cards and whatever else looks at a loss keep working.
 """
 
+from .. import versions  # noqa: F401  first: it says which sentence-transformers is wanted
 from ._trainer import follow_trainers
 from .angle_objective import AnglEObjective
 from .cached_cosent import CachedAnglELoss, CachedCoSENTLoss

@@ -14,14 +14,14 @@ from torch import Tensor
 from ..gradcache.packing import MiniBatch
 from ..gradcache.stage import backward_to_embeddings
 from ._cached import GradientCached
-from ._learned import LearnsValues
+from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import learnable, plain_scale
 from ._serving import serves
 from .gist_embed import changed_computation, guided_loss
 
 
-class CachedGISTEmbedLoss(GradientCached, LearnsValues, stock.CachedGISTEmbedLoss):
+class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
     """Stock's CachedGISTEmbedLoss (see there for the arguments) with a fused loss stage and our gradient cache.
 
     The loss stage is one call over the whole batch, without chunks, and gathers across devices once. ``packing``,
@@ -111,5 +111,8 @@ class CachedGISTEmbedLoss(GradientCached, LearnsValues, stock.CachedGISTEmbedLos
             ids = torch.tensor_split(ids[0].cpu(), features["cu_seq_lens_q"][1:-1].cpu())
         return self.tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
 
+    def new_options(self) -> dict[str, Any]:
+        return self.cache_options().changed()
+
     def get_config_dict(self) -> dict[str, Any]:
-        return plain_scale(super().get_config_dict()) | self.cache_options().changed()
+        return plain_scale(super().get_config_dict()) | self.new_options()

@@ -23,13 +23,14 @@ from typing_extensions import deprecated
 
 from ..gradcache.stage import backward_to_embeddings
 from ._cached import GradientCached
+from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import learnable, plain_scale
 from ._serving import serves
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_duplicates
 
 
-class CachedMultipleNegativesRankingLoss(GradientCached, stock.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(GradientCached, DropIn, stock.CachedMultipleNegativesRankingLoss):
     """Stock's CachedMultipleNegativesRankingLoss (see there for the arguments) with a fused loss stage and our gradient
     cache.
 
@@ -120,9 +121,11 @@ class CachedMultipleNegativesRankingLoss(GradientCached, stock.CachedMultipleNeg
             return stock.CachedMultipleNegativesRankingLoss.forward_cached(self, sentence_features, labels)
         return super().forward_cached(sentence_features, labels)
 
+    def new_options(self) -> dict[str, Any]:
+        return getattr(self.loss, "new_options", dict)() | self.cache_options().changed()
+
     def get_config_dict(self) -> dict[str, Any]:
-        new_options = getattr(self.loss, "new_options", dict)() | self.cache_options().changed()
-        return plain_scale(super().get_config_dict()) | new_options
+        return plain_scale(super().get_config_dict()) | self.new_options()
 
 
 with warnings.catch_warnings():

@@ -14,14 +14,14 @@ from torch import Tensor
 from ..logs import log_once
 from ..ops.pairwise import pairwise_similarity
 from ..ops.ranking import ranking_loss
-from ._learned import LearnsValues
+from ._drop_in import DropIn
 from ._scale import as_scale, plain_scale
 from ._serving import pairwise_similarity_of, serves, unsupported_embeddings
 
 logger = logging.getLogger(__name__)
 
 
-class CoSENTLoss(LearnsValues, cosent.CoSENTLoss):
+class CoSENTLoss(DropIn, cosent.CoSENTLoss):
     """Stock's CoSENTLoss (see there for the arguments), from one read of the embeddings.
 
     Values and gradients are stock's to rounding. Scores of any other ``similarity_fct`` than ``pairwise_cos_sim``,
@@ -80,7 +80,6 @@ class CoSENTLoss(LearnsValues, cosent.CoSENTLoss):
         return torch.cat([self.similarity_fct(x, y) for y in columns])
 
     def new_options(self) -> dict[str, Any]:
-        """The options that stock does not have, where they are set."""
         return {"gather_across_devices": True} if self.gather_across_devices else {}
 
     def get_config_dict(self) -> dict[str, Any]:

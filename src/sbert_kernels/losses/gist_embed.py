@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
-from ._learned import LearnsValues
+from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
 from ._serving import serves
 
 
-class GISTEmbedLoss(LearnsValues, stock.GISTEmbedLoss):
+class GISTEmbedLoss(DropIn, stock.GISTEmbedLoss):
     """Stock's GISTEmbedLoss (see there for the arguments) as matrix products, in blocks.
 
     Stock broadcasts every pair of vectors into an N x N x D tensor; here the model's and the guide's similarities of a

@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.losses import matryoshka as stoc
 from torch import Tensor, nn
 
 from ..logs import log_once
+from ._drop_in import DropIn
 from ._prefixes import Prefixes
 from .cached_gist_embed import CachedGISTEmbedLoss
 from .cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
@@ -32,7 +33,7 @@ PLAIN = {
 CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
 
 
-class MatryoshkaLoss(stock.MatryoshkaLoss):
+class MatryoshkaLoss(DropIn, stock.MatryoshkaLoss):
     """Stock's MatryoshkaLoss (see there for the arguments), all prefixes in one call of the inner loss.
 
     This holds for the inner losses of this package that rank in-batch negatives (plain or cached, guided or not); any

@@ -22,7 +22,7 @@ from .. import settings
 from ..backends.problem.contrastive import DUPLICATES
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
-from ._learned import LearnsValues
+from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, plain_scale
@@ -38,7 +38,7 @@ def check_duplicates(duplicates: str) -> str:
     return duplicates
 
 
-class MultipleNegativesRankingLoss(LearnsValues, stock.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
     """Stock's MultipleNegativesRankingLoss (see there for the arguments), without its N x N matrices.
 
     Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
@@ -121,7 +121,6 @@ class MultipleNegativesRankingLoss(LearnsValues, stock.MultipleNegativesRankingL
         return serves(self, unsupported, self.new_options() | (new_options or {}))
 
     def new_options(self) -> dict[str, Any]:
-        """The options that stock does not have, where they are set."""
         return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
 
     def compute_loss(

@@ -21,6 +21,7 @@ from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
 from ._cached import GradientCached, check_splits
 from ._components import ADDED, Components
+from ._drop_in import keep_ours
 from ._learned import LearnsValues
 from ._scale import as_scale, learnable
 
@@ -86,6 +87,7 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
             check_splits(name, model, "leave mini_batch_size and mini_batch_num_tokens out")
         self.model = model
         self.losses = nn.ModuleDict({entry: loss for entry, (loss, _) in losses.items()})
+        keep_ours(self.losses.values())
         # Moves and saves tensors, and leaves numbers what they are.
         self.weights = nn.ParameterDict({entry: _stored(weight) for entry, (_, weight) in losses.items()})
         self.mini_batch_size = mini_batch_size
@@ -114,6 +116,10 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
     def learned_values(self) -> dict[str, Tensor]:
         weights = {f"weights.{name}": weight for name, weight in self.weights.items() if learnable(weight)}
         return super().learned_values() | weights
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        keep_ours(self.losses.values())  # those that were put in later, too
+        return super().__reduce_ex__(protocol)
 
     def component_names(self) -> list[str]:
         """Returns the names of the terms, which are the same ones in the same order for every batch.
