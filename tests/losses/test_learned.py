@@ -159,7 +159,9 @@ def test_values_are_named_by_where_they_are() -> None:
     assert list(learned_values(one(model))) == ["scale"]
     assert list(learned_values(mixed(model))) == ["weights.in_batch", "in_batch.scale"]
     shared = learned(20.0)
-    cached = losses.CachedAnglELoss(nn.Sequential(), shared)
+    encoder = nn.Sequential(nn.Identity())
+    assert list(learned_values(losses.CachedMultipleNegativesRankingLoss(encoder, shared))) == ["scale"]
+    cached = losses.CachedAnglELoss(encoder, shared)
     assert list(learned_values(nn.ModuleList([cached, losses.CoSENTLoss(model, shared)]))) == ["0.scale"]
     guided = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)
     nn.Module.__init__(guided)
