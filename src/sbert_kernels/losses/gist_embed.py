@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,8 @@ from sentence_transformers.sentence_transformer.losses import gist_embed as stoc
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
+from ..logs import described
+from ..ops._checks import number
 from ..ops.contrastive import contrastive_loss
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
@@ -83,9 +86,6 @@ def guided_loss(
         documents = [namespace.all_gather_with_grad(column) for column in documents]
         guide_documents = [namespace.all_gather_with_grad(column) for column in guide_documents]
         offset = namespace.get_rank() * len(anchors)
-    temperature = as_scale(loss.temperature)
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be a positive number, got {temperature}.")
     directions = ["query_to_doc"]
     if loss.contrast_anchors:
         directions.append("query_to_query")
@@ -94,7 +94,7 @@ def guided_loss(
     return contrastive_loss(
         anchors,
         documents,
-        scale=1.0 / temperature,
+        scale=1.0 / _temperature(loss.temperature, anchors.dtype),
         directions=directions,
         guide_queries=guide_anchors,
         guide_documents=guide_documents,
@@ -106,15 +106,35 @@ def guided_loss(
     )
 
 
+def _temperature(temperature: Any, dtype: torch.dtype) -> Any:
+    """A temperature as a number, or as a 0-d tensor whose inverse has the precision of a loss of such embeddings.
+
+    Raises:
+        TypeError, ValueError: it is not one positive number; on a device it is left unread.
+    """
+    temperature = as_scale(temperature)
+    if isinstance(temperature, Tensor) and temperature.dim() == 0:
+        wide = torch.promote_types(torch.promote_types(temperature.dtype, dtype), torch.float32)
+        temperature = temperature.to(wide)
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return temperature
+        value = temperature.item()
+    else:
+        value = temperature = float(number("temperature", temperature))
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, since similarities are divided by it; got {value}.")
+    return temperature
+
+
 def changed_computation(loss: nn.Module, stock_class: type[nn.Module]) -> str | None:
     """What a user has replaced in a GIST loss that the operation does not compute, or None."""
     if inspect.getattr_static(loss, "sim_matrix") is not stock_class.sim_matrix:
         return "sim_matrix was replaced"
     similarity = loss.similarity_fct
     if type(similarity) is not nn.CosineSimilarity or similarity.dim not in (-1, 2) or similarity.eps != 1e-8:
-        return f"similarity_fct={similarity!r} is not CosineSimilarity(dim=-1)"
+        return f"similarity_fct={described(similarity)} is not a plain CosineSimilarity(dim=-1)"
     entropy, plain = loss.cross_entropy_loss, nn.CrossEntropyLoss()
     options = ("ignore_index", "label_smoothing", "reduction", "weight")
     if type(entropy) is not nn.CrossEntropyLoss or any(getattr(entropy, o) != getattr(plain, o) for o in options):
-        return f"cross_entropy_loss={entropy!r} is not a plain CrossEntropyLoss()"
+        return f"cross_entropy_loss={described(entropy)} is not a plain CrossEntropyLoss()"
     return None

@@ -7,15 +7,16 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import matryoshka as stock
 from torch import Tensor, nn
 
-from ..logs import log_once
+from ..logs import described, log_once
+from ..ops._checks import number
 from ._prefixes import Prefixes
+from ._scale import learnable
 from .cached_gist_embed import CachedGISTEmbedLoss
 from .cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from .gist_embed import GISTEmbedLoss
@@ -114,9 +115,14 @@ class CachedLossDecorator(stock.CachedLossDecorator):
 
 
 def _unsupported_weights(weights: Sequence[Any]) -> str | None:
-    if all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
-        return None
-    return f"matryoshka_weights={list(weights)} are not all finite numbers"
+    """Why weights as they are now cannot be given to one call for all prefixes, or None."""
+    if any(map(learnable, weights)):
+        return "matryoshka_weights are learnable"
+    try:
+        finite = all(math.isfinite(number("matryoshka_weights", weight)) for weight in weights)
+    except TypeError:
+        finite = False
+    return None if finite else f"matryoshka_weights={described(list(weights))} are not all finite numbers"
 
 
 def _in_one_call(loss: nn.Module, hindrance: str | None) -> bool:
@@ -126,9 +132,10 @@ def _in_one_call(loss: nn.Module, hindrance: str | None) -> bool:
     return False
 
 
-def _prefixes_of_step(dims: Sequence[int], weights: Sequence[float], count: int) -> Prefixes:
+def _prefixes_of_step(dims: Sequence[int], weights: Sequence[Any], count: int) -> Prefixes:
     """All prefixes, or ``count`` of them, drawn by the same call as stock's: the same seed draws the same prefixes."""
     indices: Sequence[int] = range(len(dims))
     if 0 < count < len(indices):
         indices = random.sample(indices, count)
-    return Prefixes(tuple(dims[index] for index in indices), tuple(weights[index] for index in indices))
+    numbers = (number("matryoshka_weights", weights[index]) for index in indices)
+    return Prefixes(tuple(dims[index] for index in indices), tuple(map(float, numbers)))

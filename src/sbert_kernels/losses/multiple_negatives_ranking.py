@@ -23,7 +23,7 @@ from ..backends.problem.contrastive import DUPLICATES
 from ..ops.contrastive import contrastive_loss
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
-from ._scale import as_scale, plain_scale
+from ._scale import as_scale, learnable, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
 
 # The ids of each column's rows, by loss, of the forward passes that run in this thread.
@@ -116,6 +116,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
             unsupported = (
                 f"similarity_fct={stock.similarity_fct_name(self.similarity_fct)} is neither cos_sim nor dot_score"
             )
+        if self.hardness_mode is not None and learnable(self.hardness_strength):
+            unsupported = "hardness_strength is learnable"
         return serves(self, unsupported, self.new_options() | (new_options or {}))
 
     def new_options(self) -> dict[str, Any]:
