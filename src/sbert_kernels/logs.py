@@ -27,6 +27,8 @@ def described(value: Any) -> str:
         return f"[{items}]" if isinstance(value, list) else f"({items})"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{kind} of shape {list(value.shape)} and {value.dtype}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     # A function by its name; a module, whose repr is all that is in it, by its class.
     if callable(value):
         return getattr(value, "__name__", kind)

@@ -72,7 +72,7 @@ class CoSENTLoss(cosent.CoSENTLoss):
         similarity = pairwise_similarity_of(self.similarity_fct)
         unsupported = unsupported_embeddings([x, *columns])
         if similarity is None:
-            unsupported = f"similarity_fct={getattr(self.similarity_fct, '__name__', self.similarity_fct)} is not known"
+            unsupported = f"similarity_fct={util.similarity_fct_name(self.similarity_fct)} is not known"
         if unsupported is None:
             return pairwise_similarity(x, columns, (similarity,))[0]
         log_once(logger, f"{type(self).__name__} ranks scores that it does not compute itself: {unsupported}.")
