@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.sentence_transformer.losses import angle, cosent
 from torch import Tensor
 
-from ..logs import log_once
+from ..logs import described, log_once
 from ..ops.pairwise import pairwise_similarity
 from ..ops.ranking import ranking_loss
 from ._scale import as_scale, plain_scale
@@ -119,6 +119,8 @@ def checked_labels(loss: Any, x: Tensor, labels: Tensor | None) -> Tensor:
     """Labels as a vector, one for each row of ``x``."""
     if labels is None:
         raise ValueError(f"{type(loss).__name__} requires labels for datasets with pairs.")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{type(loss).__name__} expects labels as a tensor, got {described(labels)}.")
     if labels.numel() != len(x):
         raise ValueError(
             f"{type(loss).__name__} expects {len(x)} labels (one per example), but got {labels.numel()} labels with "

@@ -26,8 +26,8 @@ from ._row_ids import row_ids
 from ._scale import as_scale, learnable, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
 
-# The ids of each column's rows, by loss, of the forward passes that run in this thread.
-_TEXTS: ContextVar[dict[Any, list[Tensor]] | None] = ContextVar("sbert_kernels_texts", default=None)
+# The ids of each column's rows, by loss, of the forward passes that run in this thread; None for a column not needed.
+_TEXTS: ContextVar[dict[Any, list[Tensor | None]] | None] = ContextVar("sbert_kernels_texts", default=None)
 
 
 def check_duplicates(duplicates: str) -> str:
@@ -99,7 +99,12 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         if self.duplicates == "keep" or settings.get("disable"):
             yield
             return
-        ids = [row_ids(features) for features in sentence_features]
+        # Queries that are candidates of nothing may be no texts at all: images, whose captions are compared.
+        queries_needed = not {"query_to_query", "doc_to_query"}.isdisjoint(self.directions)
+        ids = [
+            row_ids(features, column) if column > 0 or queries_needed else None
+            for column, features in enumerate(sentence_features)
+        ]
         token = _TEXTS.set({**(_TEXTS.get() or {}), self: ids})
         try:
             yield
@@ -169,7 +174,7 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         )
 
     def _column_ids(self, embeddings: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Ids of the query columns and of all documents, gathered as the embeddings are."""
+        """Ids of the query columns, if a direction needs them, and of all documents, gathered as the embeddings are."""
         if self.duplicates == "keep":
             return None, None
         ids = (_TEXTS.get() or {}).get(self)
@@ -178,10 +183,11 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
                 f"duplicates={self.duplicates!r} compares the texts of a batch, which only forward(sentence_features, "
                 "labels) sees: call that, or contrastive_loss(..., query_ids=, document_ids=) with ids of your own."
             )
-        ids = torch.stack(ids).to(embeddings[0].device)  # (columns, N)
+        known = torch.stack([column for column in ids if column is not None]).to(embeddings[0].device)  # (columns, N)
         if self.gather_across_devices:
-            ids = all_gather(ids.T.contiguous()).T
-        return ids[0].contiguous(), ids[1:].flatten()
+            known = all_gather(known.T.contiguous()).T
+        queries, documents = (None, known) if ids[0] is None else (known[0].contiguous(), known[1:])
+        return queries, documents.flatten()
 
     def get_config_dict(self) -> dict[str, Any]:
         return plain_scale(super().get_config_dict()) | self.new_options()
