@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -54,3 +56,12 @@ def test_patch_changes_nothing_here() -> None:
         assert {name: getattr(losses, name) for name in losses.__all__} == before
         assert not {"TripletLoss", "SpladeLoss"} & set(patched.replaced)
         assert stock.TripletLoss is losses.TripletLoss
+
+
+@pytest.mark.parametrize("name", [name for name in losses.__all__ if "sbert" in getattr(losses, name).__module__])
+def test_every_argument_is_in_the_docstring_here(name: str) -> None:
+    """Stock's stands behind another class, where help() does not show it."""
+    loss = getattr(losses, name)
+    _, arguments = inspect.cleandoc(vars(loss)["__doc__"]).split("Args:\n")
+    described = " ".join(re.findall(r"^ {4}(\w[\w,\s]*):", arguments, re.MULTILINE))
+    assert set(inspect.signature(loss.__init__).parameters) - {"self"} <= set(re.findall(r"\w+", described))

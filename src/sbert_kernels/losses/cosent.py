@@ -21,16 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 class CoSENTLoss(cosent.CoSENTLoss):
-    """Stock's CoSENTLoss (see there for the arguments), from one read of the embeddings.
+    """Stock's CoSENTLoss, from one read of the embeddings.
 
-    Values and gradients are stock's to rounding. Scores of any other ``similarity_fct`` than ``pairwise_cos_sim``,
-    ``pairwise_dot_score`` and ``pairwise_angle_sim`` are computed by it, which is logged once; the ranking is ours.
+    Values and gradients are stock's to rounding. New are ``gather_across_devices`` and a ``scale`` that is learned.
 
-    New options:
-        scale: May be a 0-d ``torch.nn.Parameter``: a learnable inverse temperature, which the Trainer's optimizer
-            picks up.
-        gather_across_devices: Rank the pairs of all ranks together; only their scores and labels travel. See
-            :func:`sbert_kernels.ranking_loss`.
+    Args:
+        model: The model, which embeds pairs of texts; the labels say how similar they are.
+        scale: Multiplies the similarities: the inverse temperature. An ``nn.Parameter`` is learned.
+        similarity_fct: Of the two texts of a pair: ``pairwise_cos_sim``, ``pairwise_dot_score`` or
+            ``pairwise_angle_sim``. Any other computes the scores itself, which is logged once; the ranking is ours.
+        gather_across_devices: Whether the pairs of all ranks are ranked together; only their scores and labels travel,
+            see :func:`sbert_kernels.ranking_loss`.
     """
 
     gather_across_devices: bool = False
@@ -87,9 +88,11 @@ class CoSENTLoss(cosent.CoSENTLoss):
 
 
 class AnglELoss(angle.AnglELoss, CoSENTLoss):
-    """Stock's AnglELoss (see there for the arguments), with the options of :class:`CoSENTLoss`.
+    """Stock's AnglELoss, as :class:`CoSENTLoss` computes it; the pairs of an n-tuple share one read of its anchor.
 
-    The pairs of a triplet or n-tuple share one read of its anchor.
+    Args:
+        model: The model, which embeds pairs of texts with labels, or (anchor, positive, negatives...) tuples.
+        scale, gather_across_devices: See :class:`CoSENTLoss`.
     """
 
     def __init__(

@@ -22,11 +22,22 @@ from ._serving import serves
 
 
 class GISTEmbedLoss(stock.GISTEmbedLoss):
-    """Stock's GISTEmbedLoss (see there for the arguments) as matrix products, in blocks.
+    """Stock's GISTEmbedLoss as matrix products, in blocks.
 
     Stock broadcasts every pair of vectors into an N x N x D tensor; here the model's and the guide's similarities of a
     block of rows are two matrix products. A changed ``cross_entropy_loss``, ``similarity_fct`` or ``sim_matrix`` is
-    computed by stock, which is logged once. The ``temperature`` may be a 0-d ``torch.nn.Parameter``.
+    computed by stock, which is logged once. New is a ``temperature`` that is learned.
+
+    Args:
+        model: The model, which embeds (anchor, positive) pairs or (anchor, positive, negative) triplets.
+        guide: The model whose similarities decide which candidates are no negatives.
+        temperature: Divides the similarities. Positive; an ``nn.Parameter`` is learned.
+        margin_strategy: Excluded is what the guide finds more similar than s, the similarity of the row's own positive,
+            less a margin: s - margin ("absolute") or s - |s| * margin ("relative").
+        margin: See ``margin_strategy``.
+        contrast_anchors: Whether anchors are candidates of anchors.
+        contrast_positives: Whether positives are candidates of positives.
+        gather_across_devices: Whether the positives and negatives of all ranks are candidates.
     """
 
     def serves(self) -> bool:

@@ -34,7 +34,7 @@ CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
 
 
 class MatryoshkaLoss(stock.MatryoshkaLoss):
-    """Stock's MatryoshkaLoss (see there for the arguments), all prefixes in one call of the inner loss.
+    """Stock's MatryoshkaLoss, all prefixes of the embeddings in one call of the inner loss.
 
     This holds for the inner losses of this package that rank in-batch negatives (plain or cached, guided or not); any
     other inner loss, and whatever option of one only stock serves, is computed one prefix at a time, as by stock.
@@ -43,6 +43,13 @@ class MatryoshkaLoss(stock.MatryoshkaLoss):
     of the normalisation (1e-12, in the GIST losses 1e-8): stock normalises such a prefix two or three times. The
     features keep the whole embedding that the model put there, not the last prefix. The guide of a GIST loss embeds
     once.
+
+    Args:
+        model: The model that the inner loss was built with.
+        loss: The inner loss, of the prefix of every embedding.
+        matryoshka_dims: Widths of the prefixes, each at most the embeddings' dimension.
+        matryoshka_weights: What multiplies the loss of each; 1 by default. A learnable one is computed as by stock.
+        n_dims_per_step: How many of the prefixes, drawn at random, a step looks at; -1 is all.
     """
 
     def __init__(

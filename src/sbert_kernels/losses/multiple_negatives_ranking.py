@@ -37,19 +37,25 @@ def check_duplicates(duplicates: str) -> str:
 
 
 class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
-    """Stock's MultipleNegativesRankingLoss (see there for the arguments), without its N x N matrices.
+    """Stock's MultipleNegativesRankingLoss, without its N x N matrices.
 
     Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
-    embeddings), under autocast too.
+    embeddings), under autocast too. New are ``duplicates`` and a ``scale`` that is learned.
 
-    New options:
-        scale: May be a 0-d ``torch.nn.Parameter``: a learnable inverse temperature, which the Trainer's optimizer
-            picks up.
+    Args:
+        model: The model, which embeds (query, positive) pairs or (query, positive, negatives...) tuples.
+        scale: Multiplies the similarities: the inverse temperature. Positive; an ``nn.Parameter`` is learned.
+        similarity_fct: ``cos_sim`` or ``dot_score``; any other is computed by stock, which is logged once.
+        gather_across_devices: Whether the documents (and queries) of all ranks are candidates.
+        directions: Which candidates a row has: "query_to_doc", and any of "query_to_query", "doc_to_query" and
+            "doc_to_doc".
+        partition_mode: "joint", one softmax over all directions; or "per_direction", the mean of one for each.
+        hardness_mode: None, or the documents that weigh more by their similarity: "in_batch_negatives",
+            "hard_negatives", "all_negatives".
+        hardness_strength: What multiplies that similarity in the logit; not negative.
         duplicates: What becomes of an in-batch negative whose text equals the row's own positive (or query, in the
             directions whose candidates are queries): "keep" (as stock), "mask", or "positive". Texts are compared by
-            their token ids. See :func:`sbert_kernels.contrastive_loss`.
-
-    A ``similarity_fct`` other than ``cos_sim`` and ``dot_score`` is computed by stock, which is logged once.
+            their token ids, those of candidates only. See :func:`sbert_kernels.contrastive_loss`.
     """
 
     duplicates: str = "keep"
@@ -199,7 +205,11 @@ with warnings.catch_warnings():
 
     @deprecated(StockSymmetric.__deprecated__)
     class MultipleNegativesSymmetricRankingLoss(StockSymmetric, MultipleNegativesRankingLoss):
-        """Stock's MultipleNegativesSymmetricRankingLoss, with the options of :class:`MultipleNegativesRankingLoss`."""
+        """Stock's MultipleNegativesSymmetricRankingLoss, as :class:`MultipleNegativesRankingLoss` computes it.
+
+        Args:
+            model, scale, similarity_fct, gather_across_devices, duplicates: See :class:`MultipleNegativesRankingLoss`.
+        """
 
         def __init__(
             self,
