@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sentence_transformers.sentence_transformer import losses as stock
 from sentence_transformers.sparse_encoder import losses as sparse
 from torch import Tensor, nn
 
+from sbert_kernels import losses
 from sbert_kernels.losses import WeightedLoss
 
 ROWS, WIDTH = 7, 32
@@ -192,12 +194,32 @@ def test_a_loss_with_a_forward_alone(model: Any, close: Callable[..., None]) -> 
     weighted = WeightedLoss(model, {"own": (loss, 1.0)})
     close(gradients(weighted, weighted(columns_of(2), SCORES)), expected)
     for optional, message in (
-        ("attention_mask", "Own reads 'attention_mask' of the texts, but gets their embeddings only"),
+        ("attention_mask", "Own reads 'attention_mask' of the texts, but a WeightedLoss has"),
         ("copy", "Own encodes texts of its own making"),
     ):
         weighted = WeightedLoss(model, {"own": (Own(model, optional), 1.0)})
         with pytest.raises(ValueError, match=message):
             weighted(columns_of(2), SCORES)
+
+
+@pytest.mark.parametrize("package", [losses, stock])
+def test_a_teacher_s_embeddings_are_cut_with_those_of_the_model(
+    model: Any, close: Callable[..., None], package: Any
+) -> None:
+    """MatryoshkaLoss around the loss, with and without a gradient cache."""
+    entries = {
+        "teacher": (stock.MSELoss(model), 1.0),
+        "ranking": (losses.MultipleNegativesRankingLoss(model), 0.25),
+    }
+    expected = [0.0] * 3
+    for width in (WIDTH, 8):
+        columns = [F.normalize(model(column)["sentence_embedding"][:, :width]) for column in columns_of(2)]
+        value = F.mse_loss(torch.stack(columns, 1), TEACHER[..., :width])
+        value = value + 0.25 * entries["ranking"][0].compute_loss_from_embeddings(columns)
+        expected = [a + b for a, b in zip(expected, gradients(model, value), strict=True)]
+    for cache in ({}, {"mini_batch_size": 3}):
+        loss = package.MatryoshkaLoss(model, WeightedLoss(model, entries, **cache), [WIDTH, 8])
+        close(gradients(loss, loss(columns_of(2), TEACHER)), expected, replayed=bool(cache))
 
 
 def test_errors_do_not_print_the_model(model: Any) -> None:

@@ -60,6 +60,18 @@ def loss_from_embeddings(loss: nn.Module, model: nn.Module, embeddings: list[Ten
         loss._modules[encoder] = kept
 
 
+def cut_like(labels: Any, embeddings: Tensor, model: nn.Module) -> Any:
+    """Labels that are whole embeddings, as wide as embeddings that MatryoshkaLoss has cut; any others as they are.
+
+    It cuts the labels itself from sentence-transformers 6.2 on, but not those that a gradient cache has kept.
+    """
+    width = embeddings.shape[-1]
+    whole = getattr(model, "get_embedding_dimension", lambda: None)()
+    if isinstance(labels, Tensor) and labels.dim() in (2, 3) and labels.shape[-1] == whole and width < whole:
+        return labels[..., :width]
+    return labels
+
+
 class _Column(dict[str, Tensor]):
     """The features of a column, of which there is the embedding [B, D] alone."""
 
@@ -68,7 +80,7 @@ class _Column(dict[str, Tensor]):
         self.loss = loss
 
     def __missing__(self, key: str) -> Tensor:
-        raise ValueError(f"{self.loss} reads {key!r} of the texts, but gets their embeddings only.")
+        raise ValueError(f"{self.loss} reads {key!r} of the texts, but a WeightedLoss has their embeddings only.")
 
     def get(self, key: str, default: Any = None) -> Tensor:
         return self[key]
@@ -85,7 +97,7 @@ class _Encoder(nn.Module):
 
     def forward(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if not isinstance(features, _Column):
-            raise ValueError(f"{self.loss} encodes texts of its own making, but gets embeddings only.")
+            raise ValueError(f"{self.loss} encodes texts of its own making, but a WeightedLoss has embeddings only.")
         return dict(features)
 
     def __getattr__(self, name: str) -> Any:

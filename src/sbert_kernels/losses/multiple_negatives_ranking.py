@@ -148,7 +148,8 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
         ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used. Prefixes are
         for the fused operation only: ask :meth:`serves` first.
         """
-        weighted = None if weights is None else {"weights": "of the rows"}
+        # Named after what the user has set: rows are weighted for AnglEObjective only.
+        weighted = None if weights is None else {"positive_threshold": "not None"}
         if len(embeddings) < 2 or (prefixes is WHOLE and not self.serves(embeddings, weighted)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         queries, *documents = embeddings

@@ -17,7 +17,7 @@ from ..gradcache.stage import backward_to_embeddings
 from ..logs import described
 from ._cached import GradientCached
 from ._components import Components
-from ._from_embeddings import loss_from_embeddings
+from ._from_embeddings import cut_like, loss_from_embeddings
 from ._scale import as_scale
 from ._weighted_checks import check_loss, check_name, check_weight
 
@@ -119,6 +119,7 @@ class WeightedLoss(GradientCached, CachedLossMixin, nn.Module):
         return {name: loss_from_embeddings(loss, self.model, embeddings, labels) for name, loss in self.losses.items()}
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Components:
+        labels = cut_like(labels, embeddings[0], self.model)
         return Components(
             {
                 name: self._weight(name) * _value(name, value)
