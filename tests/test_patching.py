@@ -22,7 +22,12 @@ import sbert_kernels
 from sbert_kernels import is_patched, losses, patch, unpatch
 
 # Of the losses that stock has, the package that exports each.
-PACKAGES = {name: package for package in (stock, sparse) for name in losses.__all__ if hasattr(package, name)}
+PACKAGES = {
+    name: package
+    for package in (stock, sparse)
+    for name in losses.__all__
+    if getattr(package, name, getattr(losses, name)) is not getattr(losses, name)
+}
 NAMES = list(PACKAGES)
 STOCK = {name: getattr(package, name) for name, package in PACKAGES.items()}
 MODULES = {name: STOCK[name].__module__ for name in NAMES}

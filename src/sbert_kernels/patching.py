@@ -122,11 +122,10 @@ def is_patched(loss: Any = None) -> bool:
         )
     from torch import nn
 
-    losses = import_module(".losses", __package__)
     cls = loss if isinstance(loss, type) else type(loss)
     if not issubclass(cls, nn.Module):
         raise TypeError(f"loss must be a loss (an nn.Module) or the class of one, got {loss!r}.")
-    return issubclass(cls, tuple(getattr(losses, name) for name in losses.__all__))
+    return issubclass(cls, tuple(_losses_of_ours()))
 
 
 def unpatch() -> None:
@@ -143,9 +142,13 @@ def unpatch() -> None:
 
 def _drop_ins() -> dict[tuple[str, str], type]:
     """Each drop-in by the path of the stock class that it stands for."""
+    return {_path(_stock_base(fused)): fused for fused in _losses_of_ours() if _stock_base(fused) is not None}
+
+
+def _losses_of_ours() -> list[type]:
+    """The classes of :mod:`sbert_kernels.losses`, without those of stock's that it hands out beside them."""
     losses = import_module(".losses", __package__)  # before stock's: it says which version is wanted
-    every = [getattr(losses, name) for name in losses.__all__]
-    return {_path(_stock_base(fused)): fused for fused in every if _stock_base(fused) is not None}
+    return [value for name, value in vars(losses).items() if name in losses.__all__]
 
 
 def _stock_base(fused: type) -> type | None:
@@ -182,7 +185,7 @@ def _bindings(paths: Collection[tuple[str, str]]) -> Iterator[tuple[ModuleType, 
 
 def _is_drop_in(cls: type) -> bool:
     losses = sys.modules[f"{__package__}.losses"]
-    return getattr(losses, cls.__name__, None) is cls
+    return vars(losses).get(cls.__name__) is cls
 
 
 def _is_within(name: str, package: str) -> bool:

@@ -208,6 +208,28 @@ def test_a_disabled_package_computes_by_stock(
             close(gradients(loss, texts(model, columns=columns), labels), expected)
 
 
+def test_scores_of_another_scale_than_the_threshold_s_are_remarked_once(
+    embedded: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = [{"embedding": torch.randn(7, 4)} for _ in range(2)]
+    quiet: list[tuple[dict[str, Any], Tensor | None]] = [
+        ({}, SCORES),
+        ({}, SCORES > 0.5),
+        ({"positive_threshold": 2.5}, 5 * SCORES),
+        ({"positive_threshold": None}, 5 * SCORES),
+        ({"ibn_weight": 0}, 5 * SCORES),
+    ]
+    for options, labels in quiet:
+        AnglEObjective(embedded(), **options, duplicates="keep")(columns, labels)
+    assert "positive_threshold" not in caplog.text
+    loss = AnglEObjective(embedded(), duplicates="keep")
+    for labels in (0.1 * SCORES, 5 * SCORES, 4 * SCORES):
+        loss(columns, labels)
+    remarks = [record.message for record in caplog.records if "positive_threshold" in record.message]
+    assert len(remarks) == 1
+    assert "scores go up to 5, and positive_threshold=0.5 makes 6 of 7 rows" in remarks[0]
+
+
 def test_refusals(bert: Any, texts: Any) -> None:
     model = bert()
     with pytest.raises(ValueError, match="are all 0"):
@@ -223,6 +245,8 @@ def test_refusals(bert: Any, texts: Any) -> None:
         AnglEObjective(model, ibn_weight=0)(texts(model, columns=1), SCORES)
     with pytest.raises(ValueError, match="AnglEObjective expects 7 labels"):
         AnglEObjective(model)(texts(model), SCORES[:3])
+    with pytest.raises(TypeError, match=r"AnglEObjective expects labels as a tensor, got \[0.1, 0.9, "):
+        AnglEObjective(model)(texts(model), SCORES.tolist())
 
 
 def test_configuration_copies_and_citations(bert: Any, texts: Any, close: Callable[..., None]) -> None:

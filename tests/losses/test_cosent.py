@@ -187,6 +187,8 @@ def test_wrong_labels_are_refused(cls: type[nn.Module]) -> None:
         cls(None).compute_loss_from_embeddings(embeddings(), LABELS[:6])
     with pytest.raises(ValueError, match=f"{name} requires labels for datasets with pairs|requires labels"):
         cls(None).compute_loss_from_embeddings(embeddings(), None)
+    with pytest.raises(TypeError, match=rf"{name} expects labels as a tensor, got \["):
+        cls(None).compute_loss_from_embeddings(embeddings(), LABELS.tolist())
     with pytest.raises(ValueError, match="labels must be numbers that can be ordered, got 1 NaN among 7"):
         cls(None).compute_loss_from_embeddings(embeddings(), torch.where(LABELS == 1.0, torch.nan, LABELS))
 

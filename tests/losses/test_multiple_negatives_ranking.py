@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer import losses as stock
 from sentence_transformers.util import cos_sim, dot_score, pytorch_cos_sim
 from torch import Tensor, nn
 
-from sbert_kernels import losses, use_backend
+from sbert_kernels import contrastive_loss, losses, use_backend
 
 DIRECTIONS = [
     ("query_to_doc", *extra)
@@ -275,6 +275,25 @@ def test_duplicates_of_the_positive_s_text(bert: Callable[..., Any]) -> None:
         torch.testing.assert_close(loss([dict(column) for column in features], None), value)
 
 
+@pytest.mark.parametrize("cls", [losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss])
+def test_queries_may_be_images_where_only_documents_are_compared(embedded: Any, cls: Any) -> None:
+    """(image, caption) pairs: the captions' ids do, unless the queries are candidates as well."""
+    images, captions = embeddings()
+    ids = torch.arange(len(captions)) // 2
+    features = [
+        {"embedding": images, "pixel_values": torch.zeros(len(images), 3, 2, 2)},
+        {"embedding": captions, "input_ids": ids[:, None]},
+    ]
+    for duplicates in ("mask", "positive"):
+        value = cls(embedded(), duplicates=duplicates)(features, None)
+        expected = contrastive_loss(images, [captions], document_ids=ids, duplicates=duplicates)
+        torch.testing.assert_close(value.detach(), expected)
+    for direction in ("query_to_query", "doc_to_query"):
+        loss = cls(embedded(), duplicates="mask", directions=("query_to_doc", direction))
+        with pytest.raises(ValueError, match=r"column 0 of the batch has no 'input_ids', only \['embedding', 'pixel_v"):
+            loss(features, None)
+
+
 def test_disable_needs_no_texts(
     embedded: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,7 +306,7 @@ def test_disable_needs_no_texts(
 
 def test_duplicates_need_the_texts(embedded: Any) -> None:
     loss = losses.MultipleNegativesRankingLoss(embedded(), duplicates="mask")
-    with pytest.raises(ValueError, match="duplicates needs token ids, but the features hold no 'input_ids'"):
+    with pytest.raises(ValueError, match=r"column 1 of the batch has no 'input_ids', only \['embedding'\]"):
         loss([{"embedding": column} for column in embeddings()], None)
     with pytest.raises(ValueError, match="which only forward"):
         loss.compute_loss_from_embeddings(embeddings())

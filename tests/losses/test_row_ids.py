@@ -47,5 +47,5 @@ def test_no_collisions_among_many_short_texts() -> None:
 
 def test_images_are_refused() -> None:
     features = padded(ROWS, 3) | {"pixel_values": torch.zeros(6, 3, 2, 2)}
-    with pytest.raises(ValueError, match=r"by their token ids, but the features also hold \['pixel_values'\]"):
-        row_ids(features)
+    with pytest.raises(ValueError, match=r"but column 2 of the batch also holds \['pixel_values'\]"):
+        row_ids(features, 2)

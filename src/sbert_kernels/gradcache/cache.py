@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..logs import described
 from .engine import cached_loss
 from .options import Options
 from .packing import Column, MiniBatch
@@ -74,7 +75,8 @@ class GradCache:
     ) -> None:
         modules = [encoders] if isinstance(encoders, nn.Module) else list(encoders)
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
-            raise TypeError(f"encoders must be an nn.Module or a sequence of them, one a column, got {encoders!r}.")
+            got = described(encoders)
+            raise TypeError(f"encoders must be an nn.Module or a sequence of them, one a column, got {got}.")
         self.encoders = encoders if isinstance(encoders, nn.Module) else modules
         self.loss_fn = loss_fn
         self.encode = encode or call

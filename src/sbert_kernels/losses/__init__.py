@@ -1,10 +1,19 @@
 """Drop-in replacements for the losses of sentence-transformers: the same names, arguments and numbers.
 
 A class that stock has too subclasses it and overrides the computation only, so ``isinstance``, configuration, model
-cards and whatever else looks at a loss keep working.
+cards and whatever else looks at a loss keep working. All other names of stock's losses (of its sparse ones as well) are
+here, too, and are stock's own objects, so that this module can stand where a script imports stock's.
 """
 
 from .. import versions  # noqa: F401  first: it says which sentence-transformers is wanted
+
+# isort: split
+import sys
+from typing import Any
+
+from sentence_transformers.sentence_transformer import losses as _stock
+from sentence_transformers.sparse_encoder import losses as _sparse
+
 from ._trainer import follow_trainers
 from .angle_objective import AnglEObjective
 from .cached_cosent import CachedAnglELoss, CachedCoSENTLoss
@@ -40,3 +49,36 @@ __all__ = [
     "SparseCoSENTLoss",
     "WeightedLoss",
 ]
+
+
+def _stock_s_own() -> dict[str, Any]:
+    """What stock's packages of losses have and this one has not, by name: classes, and the modules that define them."""
+    found: dict[str, Any] = {}
+    for package in (_stock, _sparse):
+        for name in package.__all__:
+            if name in globals():
+                continue
+            found[name] = getattr(package, name)
+            module = found[name].__module__.removeprefix(package.__name__ + ".")
+            if module not in globals() and module in vars(package):
+                found[module] = vars(package)[module]
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up at each call: what sbert_kernels.patch() puts into stock's packages is in this one already.
+    found = _stock_s_own()
+    if name not in found:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}, and sentence_transformers has no other loss of that name.",
+            name=name,
+            obj=sys.modules[__name__],
+        )
+    return found[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_stock_s_own()})
+
+
+__all__ += [name for package in (_stock, _sparse) for name in package.__all__ if name not in __all__]

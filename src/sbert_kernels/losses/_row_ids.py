@@ -8,22 +8,28 @@ import torch
 from torch import Tensor
 
 
-def row_ids(features: dict[str, Any]) -> Tensor:
+def row_ids(features: dict[str, Any], column: int = 0) -> Tensor:
     """A 64-bit hash of each row's token ids, [rows] int64: equal for equal texts, whatever their padding.
 
     Args:
         features: One column as the model's ``preprocess`` gives it: padded (``input_ids`` and ``attention_mask`` [rows,
             length]), flattened (``cu_seq_lens_q``) or an embedding bag (``offsets``).
+        column: Which of the batch it is, for the errors.
 
     Raises:
         ValueError: the column is not made of token ids alone (images, audio), or has none.
     """
     tokens = features.get("input_ids")
     if not isinstance(tokens, Tensor):
-        raise ValueError(f"duplicates needs token ids, but the features hold no 'input_ids' (only {sorted(features)}).")
+        raise ValueError(
+            f"duplicates compares texts by their token ids, but column {column} of the batch has no 'input_ids', only "
+            f"{sorted(features)}."
+        )
     foreign = [key for key in features if key.startswith(("pixel_values", "input_features", "input_values"))]
     if foreign:
-        raise ValueError(f"duplicates compares texts by their token ids, but the features also hold {foreign}.")
+        raise ValueError(
+            f"duplicates compares texts by their token ids, but column {column} of the batch also holds {foreign}."
+        )
     if "cu_seq_lens_q" in features:
         return _ragged(tokens.flatten(), features["cu_seq_lens_q"][:-1])
     if "offsets" in features:

@@ -57,6 +57,8 @@ class AnglEObjective(WeightedLoss):
             :class:`WeightedLoss`.
     """
 
+    _checked_threshold: bool = False
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -119,6 +121,7 @@ class AnglEObjective(WeightedLoss):
         anchors, *columns = embeddings
         if labels is not None:
             labels = checked_labels(self, anchors, labels).to(anchors.device)
+            self._check_threshold(labels)
         values = {}
         ranked = [name for name in ("cosine", "angle") if self._active(name)]
         if ranked and labels is None and len(columns) == 1:
@@ -160,6 +163,25 @@ class AnglEObjective(WeightedLoss):
             return {name: loss.compute_loss_from_embeddings(pairs, labels) for name, loss in losses.items()}
         scores = pairwise_similarity(anchors, columns, similarities)
         return {name: loss.rank_scores(own, labels) for (name, loss), own in zip(losses.items(), scores, strict=True)}
+
+    def _check_threshold(self, labels: Tensor) -> None:
+        """Say so once if the scores cannot be on the scale of the threshold, which is meant for scores of 0 to 1."""
+        threshold = self.positive_threshold
+        if self._checked_threshold or threshold is None or threshold > 1 or not self._active("in_batch"):
+            return
+        # Not of tensors that have no values, as a compiler and a dry run hand them in.
+        if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_meta or not labels.numel():
+            return
+        highest, anchors = float(labels.max()), int((labels >= threshold).sum())
+        # On a device reading them waits for it, so only those of the first batch are.
+        self._checked_threshold = highest > 1 or labels.device.type != "cpu"
+        if highest > 1:
+            log_once(
+                logger,
+                f"{type(self).__name__}: scores go up to {highest:g}, and positive_threshold={threshold:g} makes "
+                f"{anchors} of {labels.numel()} rows of this batch anchors, whose pairs count as paraphrases in the "
+                "in-batch term: give a threshold on the scale of the scores.",
+            )
 
     def _active(self, name: str) -> bool:
         weight = self.weights[name]

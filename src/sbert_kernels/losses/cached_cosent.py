@@ -48,8 +48,14 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
 
     Args:
         model, scale, similarity_fct, gather_across_devices: See :class:`CoSENTLoss`.
-        mini_batch_size, mini_batch_num_tokens, packing, unique_rows, activation_budget, show_progress_bar: See
-            :class:`~sbert_kernels.gradcache.options.Options`.
+        mini_batch_size: Encode in the memory that so many rows of the longest text take.
+        mini_batch_num_tokens: Encode so many tokens at once, instead.
+        show_progress_bar: Whether to show a progress bar over both passes.
+        packing: "length" puts rows of like length into a mini-batch; "none" takes them as they come, as stock does.
+        unique_rows: Whether rows that are equal are encoded once.
+        activation_budget: Bytes of activations that may be kept for the second pass, or "auto".
+
+    The options of the cache are those of :class:`~sbert_kernels.gradcache.options.Options`, in more words there.
 
     Raises:
         ValueError: an option that cannot be, or a model with a StaticEmbedding, which has no activations to save.
@@ -78,7 +84,12 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
 
 
 class CachedAnglELoss(_Cached, AnglELoss):
-    """:class:`AnglELoss` over a gradient cache, for pairs, triplets and n-tuples; see :class:`CachedCoSENTLoss`."""
+    """:class:`AnglELoss` over a gradient cache, for pairs, triplets and n-tuples.
+
+    Args:
+        model, scale, mini_batch_size, mini_batch_num_tokens, show_progress_bar, gather_across_devices, packing,
+            unique_rows, activation_budget: See :class:`CachedCoSENTLoss`.
+    """
 
     def __init__(
         self,

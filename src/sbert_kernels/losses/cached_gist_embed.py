@@ -22,10 +22,28 @@ from .gist_embed import changed_computation, guided_loss
 
 
 class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
-    """Stock's CachedGISTEmbedLoss (see there for the arguments) with a fused loss stage and our gradient cache.
+    """Stock's CachedGISTEmbedLoss with a fused loss stage and our gradient cache.
 
-    The loss stage is one call over the whole batch, without chunks, and gathers across devices once. ``packing``,
-    ``unique_rows`` and ``activation_budget`` are those of :class:`~sbert_kernels.gradcache.options.Options`.
+    The loss stage is one call over the whole batch, without chunks, and gathers across devices once.
+
+    Args:
+        model: The model, which embeds (anchor, positive) pairs or (anchor, positive, negatives...) tuples.
+        guide: The model whose similarities decide which candidates are no negatives.
+        temperature: Divides the similarities. Positive; an ``nn.Parameter`` is learned.
+        mini_batch_size: Encode in the memory that so many rows of the longest text take.
+        mini_batch_num_tokens: Encode so many tokens at once, instead.
+        show_progress_bar: Whether to show a progress bar over both passes.
+        margin_strategy: Excluded is what the guide finds more similar than s, the similarity of the row's own positive,
+            less a margin: s - margin ("absolute") or s - |s| * margin ("relative").
+        margin: See ``margin_strategy``.
+        contrast_anchors: Whether anchors are candidates of anchors.
+        contrast_positives: Whether positives are candidates of positives.
+        gather_across_devices: Whether the positives and negatives of all ranks are candidates.
+        packing: "length" puts rows of like length into a mini-batch; "none" takes them as they come, as stock does.
+        unique_rows: Whether rows that are equal are encoded once.
+        activation_budget: Bytes of activations that may be kept for the second pass, or "auto".
+
+    The options of the cache are those of :class:`~sbert_kernels.gradcache.options.Options`, in more words there.
     """
 
     def __init__(

@@ -31,12 +31,32 @@ from .multiple_negatives_ranking import MultipleNegativesRankingLoss, check_dupl
 
 
 class CachedMultipleNegativesRankingLoss(GradientCached, DropIn, stock.CachedMultipleNegativesRankingLoss):
-    """Stock's CachedMultipleNegativesRankingLoss (see there for the arguments) with a fused loss stage and our gradient
-    cache.
+    """Stock's CachedMultipleNegativesRankingLoss with a fused loss stage and our gradient cache.
 
-    ``mini_batch_size`` bounds the memory of the encoder; the loss stage needs no bound. The new options ``duplicates``
-    and a learnable ``scale`` are those of :class:`MultipleNegativesRankingLoss`; ``packing``, ``unique_rows`` and
-    ``activation_budget`` those of :class:`~sbert_kernels.gradcache.options.Options`.
+    ``mini_batch_size`` bounds the memory of the encoder; the loss stage needs no bound.
+
+    Args:
+        model: The model, which embeds (query, positive) pairs or (query, positive, negatives...) tuples.
+        scale: Multiplies the similarities: the inverse temperature. Positive; an ``nn.Parameter`` is learned.
+        similarity_fct: ``cos_sim`` or ``dot_score``; any other is computed by stock, which is logged once.
+        mini_batch_size: Encode in the memory that so many rows of the longest text take.
+        mini_batch_num_tokens: Encode so many tokens at once, instead.
+        gather_across_devices: Whether the documents (and queries) of all ranks are candidates.
+        directions: Which candidates a row has: "query_to_doc", and any of "query_to_query", "doc_to_query" and
+            "doc_to_doc".
+        partition_mode: "joint", one softmax over all directions; or "per_direction", the mean of one for each.
+        show_progress_bar: Whether to show a progress bar over both passes.
+        hardness_mode: None, or the documents that weigh more by their similarity: "in_batch_negatives",
+            "hard_negatives", "all_negatives".
+        hardness_strength: What multiplies that similarity in the logit; not negative.
+        duplicates: What becomes of an in-batch negative whose text equals the row's own positive (or query, in the
+            directions whose candidates are queries): "keep" (as stock), "mask", or "positive". Texts are compared by
+            their token ids, those of candidates only.
+        packing: "length" puts rows of like length into a mini-batch; "none" takes them as they come, as stock does.
+        unique_rows: Whether rows that are equal are encoded once.
+        activation_budget: Bytes of activations that may be kept for the second pass, or "auto".
+
+    The options of the cache are those of :class:`~sbert_kernels.gradcache.options.Options`, in more words there.
     """
 
     def __init__(
@@ -134,7 +154,13 @@ with warnings.catch_warnings():
 
     @deprecated(StockSymmetric.__deprecated__)
     class CachedMultipleNegativesSymmetricRankingLoss(StockSymmetric, CachedMultipleNegativesRankingLoss):
-        """Stock's CachedMultipleNegativesSymmetricRankingLoss, with a fused loss stage and the new options."""
+        """Stock's CachedMultipleNegativesSymmetricRankingLoss with a fused loss stage and our gradient cache.
+
+        Args:
+            model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices, duplicates,
+                show_progress_bar, packing, unique_rows, activation_budget: See
+                :class:`CachedMultipleNegativesRankingLoss`.
+        """
 
         def __init__(
             self,

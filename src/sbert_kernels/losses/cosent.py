@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.sentence_transformer.losses import angle, cosent
 from torch import Tensor
 
-from ..logs import log_once
+from ..logs import described, log_once
 from ..ops.pairwise import pairwise_similarity
 from ..ops.ranking import ranking_loss
 from ._drop_in import DropIn
@@ -22,16 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class CoSENTLoss(DropIn, cosent.CoSENTLoss):
-    """Stock's CoSENTLoss (see there for the arguments), from one read of the embeddings.
+    """Stock's CoSENTLoss, from one read of the embeddings.
 
-    Values and gradients are stock's to rounding. Scores of any other ``similarity_fct`` than ``pairwise_cos_sim``,
-    ``pairwise_dot_score`` and ``pairwise_angle_sim`` are computed by it, which is logged once; the ranking is ours.
+    Values and gradients are stock's to rounding. New are ``gather_across_devices`` and a ``scale`` that is learned.
 
-    New options:
-        scale: May be a 0-d ``torch.nn.Parameter``: a learnable inverse temperature, which the Trainer's optimizer
-            picks up.
-        gather_across_devices: Rank the pairs of all ranks together; only their scores and labels travel. See
-            :func:`sbert_kernels.ranking_loss`.
+    Args:
+        model: The model, which embeds pairs of texts; the labels say how similar they are.
+        scale: Multiplies the similarities: the inverse temperature. An ``nn.Parameter`` is learned.
+        similarity_fct: Of the two texts of a pair: ``pairwise_cos_sim``, ``pairwise_dot_score`` or
+            ``pairwise_angle_sim``. Any other computes the scores itself, which is logged once; the ranking is ours.
+        gather_across_devices: Whether the pairs of all ranks are ranked together; only their scores and labels travel,
+            see :func:`sbert_kernels.ranking_loss`.
     """
 
     gather_across_devices: bool = False
@@ -73,7 +74,7 @@ class CoSENTLoss(DropIn, cosent.CoSENTLoss):
         similarity = pairwise_similarity_of(self.similarity_fct)
         unsupported = unsupported_embeddings([x, *columns])
         if similarity is None:
-            unsupported = f"similarity_fct={getattr(self.similarity_fct, '__name__', self.similarity_fct)} is not known"
+            unsupported = f"similarity_fct={util.similarity_fct_name(self.similarity_fct)} is not known"
         if unsupported is None:
             return pairwise_similarity(x, columns, (similarity,))[0]
         log_once(logger, f"{type(self).__name__} ranks scores that it does not compute itself: {unsupported}.")
@@ -87,9 +88,11 @@ class CoSENTLoss(DropIn, cosent.CoSENTLoss):
 
 
 class AnglELoss(angle.AnglELoss, CoSENTLoss):
-    """Stock's AnglELoss (see there for the arguments), with the options of :class:`CoSENTLoss`.
+    """Stock's AnglELoss, as :class:`CoSENTLoss` computes it; the pairs of an n-tuple share one read of its anchor.
 
-    The pairs of a triplet or n-tuple share one read of its anchor.
+    Args:
+        model: The model, which embeds pairs of texts with labels, or (anchor, positive, negatives...) tuples.
+        scale, gather_across_devices: See :class:`CoSENTLoss`.
     """
 
     def __init__(
@@ -119,6 +122,8 @@ def checked_labels(loss: Any, x: Tensor, labels: Tensor | None) -> Tensor:
     """Labels as a vector, one for each row of ``x``."""
     if labels is None:
         raise ValueError(f"{type(loss).__name__} requires labels for datasets with pairs.")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{type(loss).__name__} expects labels as a tensor, got {described(labels)}.")
     if labels.numel() != len(x):
         raise ValueError(
             f"{type(loss).__name__} expects {len(x)} labels (one per example), but got {labels.numel()} labels with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,8 @@ from sentence_transformers.sentence_transformer.losses import gist_embed as stoc
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
+from ..logs import described
+from ..ops._checks import number
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
 from ._drop_in import DropIn
@@ -21,11 +24,22 @@ from ._serving import serves
 
 
 class GISTEmbedLoss(DropIn, stock.GISTEmbedLoss):
-    """Stock's GISTEmbedLoss (see there for the arguments) as matrix products, in blocks.
+    """Stock's GISTEmbedLoss as matrix products, in blocks.
 
     Stock broadcasts every pair of vectors into an N x N x D tensor; here the model's and the guide's similarities of a
     block of rows are two matrix products. A changed ``cross_entropy_loss``, ``similarity_fct`` or ``sim_matrix`` is
-    computed by stock, which is logged once. The ``temperature`` may be a 0-d ``torch.nn.Parameter``.
+    computed by stock, which is logged once. New is a ``temperature`` that is learned.
+
+    Args:
+        model: The model, which embeds (anchor, positive) pairs or (anchor, positive, negative) triplets.
+        guide: The model whose similarities decide which candidates are no negatives.
+        temperature: Divides the similarities. Positive; an ``nn.Parameter`` is learned.
+        margin_strategy: Excluded is what the guide finds more similar than s, the similarity of the row's own positive,
+            less a margin: s - margin ("absolute") or s - |s| * margin ("relative").
+        margin: See ``margin_strategy``.
+        contrast_anchors: Whether anchors are candidates of anchors.
+        contrast_positives: Whether positives are candidates of positives.
+        gather_across_devices: Whether the positives and negatives of all ranks are candidates.
     """
 
     def serves(self) -> bool:
@@ -86,9 +100,6 @@ def guided_loss(
         documents = [namespace.all_gather_with_grad(column) for column in documents]
         guide_documents = [namespace.all_gather_with_grad(column) for column in guide_documents]
         offset = namespace.get_rank() * len(anchors)
-    temperature = as_scale(loss.temperature)
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be a positive number, got {temperature}.")
     directions = ["query_to_doc"]
     if loss.contrast_anchors:
         directions.append("query_to_query")
@@ -97,7 +108,7 @@ def guided_loss(
     return contrastive_loss(
         anchors,
         documents,
-        scale=1.0 / temperature,
+        scale=1.0 / _temperature(loss.temperature, anchors.dtype),
         directions=directions,
         guide_queries=guide_anchors,
         guide_documents=guide_documents,
@@ -109,15 +120,35 @@ def guided_loss(
     )
 
 
+def _temperature(temperature: Any, dtype: torch.dtype) -> Any:
+    """A temperature as a number, or as a 0-d tensor whose inverse has the precision of a loss of such embeddings.
+
+    Raises:
+        TypeError, ValueError: it is not one positive number; on a device it is left unread.
+    """
+    temperature = as_scale(temperature)
+    if isinstance(temperature, Tensor) and temperature.dim() == 0:
+        wide = torch.promote_types(torch.promote_types(temperature.dtype, dtype), torch.float32)
+        temperature = temperature.to(wide)
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return temperature
+        value = temperature.item()
+    else:
+        value = temperature = float(number("temperature", temperature))
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, since similarities are divided by it; got {value}.")
+    return temperature
+
+
 def changed_computation(loss: nn.Module, stock_class: type[nn.Module]) -> str | None:
     """What a user has replaced in a GIST loss that the operation does not compute, or None."""
     if inspect.getattr_static(loss, "sim_matrix") is not stock_class.sim_matrix:
         return "sim_matrix was replaced"
     similarity = loss.similarity_fct
     if type(similarity) is not nn.CosineSimilarity or similarity.dim not in (-1, 2) or similarity.eps != 1e-8:
-        return f"similarity_fct={similarity!r} is not CosineSimilarity(dim=-1)"
+        return f"similarity_fct={described(similarity)} is not a plain CosineSimilarity(dim=-1)"
     entropy, plain = loss.cross_entropy_loss, nn.CrossEntropyLoss()
     options = ("ignore_index", "label_smoothing", "reduction", "weight")
     if type(entropy) is not nn.CrossEntropyLoss or any(getattr(entropy, o) != getattr(plain, o) for o in options):
-        return f"cross_entropy_loss={entropy!r} is not a plain CrossEntropyLoss()"
+        return f"cross_entropy_loss={described(entropy)} is not a plain CrossEntropyLoss()"
     return None

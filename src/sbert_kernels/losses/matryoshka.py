@@ -7,16 +7,17 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import matryoshka as stock
 from torch import Tensor, nn
 
-from ..logs import log_once
+from ..logs import described, log_once
+from ..ops._checks import number
 from ._drop_in import DropIn
 from ._prefixes import Prefixes
+from ._scale import learnable
 from .cached_gist_embed import CachedGISTEmbedLoss
 from .cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from .gist_embed import GISTEmbedLoss
@@ -34,7 +35,7 @@ CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
 
 
 class MatryoshkaLoss(DropIn, stock.MatryoshkaLoss):
-    """Stock's MatryoshkaLoss (see there for the arguments), all prefixes in one call of the inner loss.
+    """Stock's MatryoshkaLoss, all prefixes of the embeddings in one call of the inner loss.
 
     This holds for the inner losses of this package that rank in-batch negatives (plain or cached, guided or not); any
     other inner loss, and whatever option of one only stock serves, is computed one prefix at a time, as by stock.
@@ -43,6 +44,13 @@ class MatryoshkaLoss(DropIn, stock.MatryoshkaLoss):
     of the normalisation (1e-12, in the GIST losses 1e-8): stock normalises such a prefix two or three times. The
     features keep the whole embedding that the model put there, not the last prefix. The guide of a GIST loss embeds
     once.
+
+    Args:
+        model: The model that the inner loss was built with.
+        loss: The inner loss, of the prefix of every embedding.
+        matryoshka_dims: Widths of the prefixes, each at most the embeddings' dimension.
+        matryoshka_weights: What multiplies the loss of each; 1 by default. A learnable one is computed as by stock.
+        n_dims_per_step: How many of the prefixes, drawn at random, a step looks at; -1 is all.
     """
 
     def __init__(
@@ -115,9 +123,14 @@ class CachedLossDecorator(stock.CachedLossDecorator):
 
 
 def _unsupported_weights(weights: Sequence[Any]) -> str | None:
-    if all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
-        return None
-    return f"matryoshka_weights={list(weights)} are not all finite numbers"
+    """Why weights as they are now cannot be given to one call for all prefixes, or None."""
+    if any(map(learnable, weights)):
+        return "matryoshka_weights are learnable"
+    try:
+        finite = all(math.isfinite(number("matryoshka_weights", weight)) for weight in weights)
+    except TypeError:
+        finite = False
+    return None if finite else f"matryoshka_weights={described(list(weights))} are not all finite numbers"
 
 
 def _in_one_call(loss: nn.Module, hindrance: str | None) -> bool:
@@ -127,9 +140,10 @@ def _in_one_call(loss: nn.Module, hindrance: str | None) -> bool:
     return False
 
 
-def _prefixes_of_step(dims: Sequence[int], weights: Sequence[float], count: int) -> Prefixes:
+def _prefixes_of_step(dims: Sequence[int], weights: Sequence[Any], count: int) -> Prefixes:
     """All prefixes, or ``count`` of them, drawn by the same call as stock's: the same seed draws the same prefixes."""
     indices: Sequence[int] = range(len(dims))
     if 0 < count < len(indices):
         indices = random.sample(indices, count)
-    return Prefixes(tuple(dims[index] for index in indices), tuple(weights[index] for index in indices))
+    numbers = (number("matryoshka_weights", weights[index]) for index in indices)
+    return Prefixes(tuple(dims[index] for index in indices), tuple(map(float, numbers)))

@@ -25,11 +25,11 @@ from ..ops.contrastive import contrastive_loss
 from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
-from ._scale import as_scale, plain_scale
+from ._scale import as_scale, learnable, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
 
-# The ids of each column's rows, by loss, of the forward passes that run in this thread.
-_TEXTS: ContextVar[dict[Any, list[Tensor]] | None] = ContextVar("sbert_kernels_texts", default=None)
+# The ids of each column's rows, by loss, of the forward passes that run in this thread; None for a column not needed.
+_TEXTS: ContextVar[dict[Any, list[Tensor | None]] | None] = ContextVar("sbert_kernels_texts", default=None)
 
 
 def check_duplicates(duplicates: str) -> str:
@@ -39,19 +39,25 @@ def check_duplicates(duplicates: str) -> str:
 
 
 class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
-    """Stock's MultipleNegativesRankingLoss (see there for the arguments), without its N x N matrices.
+    """Stock's MultipleNegativesRankingLoss, without its N x N matrices.
 
     Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
-    embeddings), under autocast too.
+    embeddings), under autocast too. New are ``duplicates`` and a ``scale`` that is learned.
 
-    New options:
-        scale: May be a 0-d ``torch.nn.Parameter``: a learnable inverse temperature, which the Trainer's optimizer
-            picks up.
+    Args:
+        model: The model, which embeds (query, positive) pairs or (query, positive, negatives...) tuples.
+        scale: Multiplies the similarities: the inverse temperature. Positive; an ``nn.Parameter`` is learned.
+        similarity_fct: ``cos_sim`` or ``dot_score``; any other is computed by stock, which is logged once.
+        gather_across_devices: Whether the documents (and queries) of all ranks are candidates.
+        directions: Which candidates a row has: "query_to_doc", and any of "query_to_query", "doc_to_query" and
+            "doc_to_doc".
+        partition_mode: "joint", one softmax over all directions; or "per_direction", the mean of one for each.
+        hardness_mode: None, or the documents that weigh more by their similarity: "in_batch_negatives",
+            "hard_negatives", "all_negatives".
+        hardness_strength: What multiplies that similarity in the logit; not negative.
         duplicates: What becomes of an in-batch negative whose text equals the row's own positive (or query, in the
             directions whose candidates are queries): "keep" (as stock), "mask", or "positive". Texts are compared by
-            their token ids. See :func:`sbert_kernels.contrastive_loss`.
-
-    A ``similarity_fct`` other than ``cos_sim`` and ``dot_score`` is computed by stock, which is logged once.
+            their token ids, those of candidates only. See :func:`sbert_kernels.contrastive_loss`.
     """
 
     duplicates: str = "keep"
@@ -101,7 +107,12 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         if self.duplicates == "keep" or settings.get("disable"):
             yield
             return
-        ids = [row_ids(features) for features in sentence_features]
+        # Queries that are candidates of nothing may be no texts at all: images, whose captions are compared.
+        queries_needed = not {"query_to_query", "doc_to_query"}.isdisjoint(self.directions)
+        ids = [
+            row_ids(features, column) if column > 0 or queries_needed else None
+            for column, features in enumerate(sentence_features)
+        ]
         token = _TEXTS.set({**(_TEXTS.get() or {}), self: ids})
         try:
             yield
@@ -118,6 +129,8 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
             unsupported = (
                 f"similarity_fct={stock.similarity_fct_name(self.similarity_fct)} is neither cos_sim nor dot_score"
             )
+        if self.hardness_mode is not None and learnable(self.hardness_strength):
+            unsupported = "hardness_strength is learnable"
         return serves(self, unsupported, self.new_options() | (new_options or {}))
 
     def new_options(self) -> dict[str, Any]:
@@ -136,7 +149,8 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used. Prefixes are
         for the fused operation only: ask :meth:`serves` first.
         """
-        weighted = None if weights is None else {"weights": "of the rows"}
+        # Named after what the user has set: rows are weighted for AnglEObjective only.
+        weighted = None if weights is None else {"positive_threshold": "not None"}
         if len(embeddings) < 2 or (prefixes is WHOLE and not self.serves(embeddings, weighted)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         queries, *documents = embeddings
@@ -169,7 +183,7 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         )
 
     def _column_ids(self, embeddings: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Ids of the query columns and of all documents, gathered as the embeddings are."""
+        """Ids of the query columns, if a direction needs them, and of all documents, gathered as the embeddings are."""
         if self.duplicates == "keep":
             return None, None
         ids = (_TEXTS.get() or {}).get(self)
@@ -178,10 +192,11 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
                 f"duplicates={self.duplicates!r} compares the texts of a batch, which only forward(sentence_features, "
                 "labels) sees: call that, or contrastive_loss(..., query_ids=, document_ids=) with ids of your own."
             )
-        ids = torch.stack(ids).to(embeddings[0].device)  # (columns, N)
+        known = torch.stack([column for column in ids if column is not None]).to(embeddings[0].device)  # (columns, N)
         if self.gather_across_devices:
-            ids = all_gather(ids.T.contiguous()).T
-        return ids[0].contiguous(), ids[1:].flatten()
+            known = all_gather(known.T.contiguous()).T
+        queries, documents = (None, known) if ids[0] is None else (known[0].contiguous(), known[1:])
+        return queries, documents.flatten()
 
     def get_config_dict(self) -> dict[str, Any]:
         return plain_scale(super().get_config_dict()) | self.new_options()
@@ -193,7 +208,11 @@ with warnings.catch_warnings():
 
     @deprecated(StockSymmetric.__deprecated__)
     class MultipleNegativesSymmetricRankingLoss(StockSymmetric, MultipleNegativesRankingLoss):
-        """Stock's MultipleNegativesSymmetricRankingLoss, with the options of :class:`MultipleNegativesRankingLoss`."""
+        """Stock's MultipleNegativesSymmetricRankingLoss, as :class:`MultipleNegativesRankingLoss` computes it.
+
+        Args:
+            model, scale, similarity_fct, gather_across_devices, duplicates: See :class:`MultipleNegativesRankingLoss`.
+        """
 
         def __init__(
             self,

@@ -8,8 +8,18 @@ from .cosent import CoSENTLoss
 
 
 class SparseCoSENTLoss(sparse_cosent.SparseCoSENTLoss, CoSENTLoss):
-    """Stock's SparseCoSENTLoss (see there for the arguments), as :class:`CoSENTLoss` computes it."""
+    """Stock's SparseCoSENTLoss, as :class:`CoSENTLoss` computes it.
+
+    Args:
+        model: The sparse encoder, whose ``similarity_fn_name`` becomes "cosine".
+        scale, similarity_fct: See :class:`CoSENTLoss`.
+    """
 
 
 class SparseAnglELoss(sparse_angle.SparseAnglELoss, SparseCoSENTLoss):
-    """Stock's SparseAnglELoss (see there for the arguments), as :class:`CoSENTLoss` computes it."""
+    """Stock's SparseAnglELoss, as :class:`CoSENTLoss` computes it.
+
+    Args:
+        model: The sparse encoder, whose ``similarity_fn_name`` becomes "cosine".
+        scale: See :class:`CoSENTLoss`.
+    """

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, uses_gradient_cache
-from sentence_transformers.base.model import BaseModel
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
 from torch import Tensor, nn
 
 from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
+from ..logs import described
 from ._cached import GradientCached, check_splits
 from ._components import ADDED, Components
 from ._drop_in import keep_ours
+from ._from_embeddings import cut_like, loss_from_embeddings
 from ._learned import LearnsValues
 from ._scale import as_scale, learnable
-
-# What the Trainer itself logs or counts beside the terms of a loss.
-TAKEN = frozenset({"loss", "steps", "epoch", "grad_norm", "learning_rate", ADDED})
+from ._weighted_checks import check_loss, check_name, check_weight
 
 
 class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
@@ -43,9 +39,9 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
 
     Args:
         model: The model that all the losses were built with.
-        losses: ``{name: (loss, weight)}``, at least one. A loss is one of this package or of sentence-transformers that
-            has ``compute_loss_from_embeddings(embeddings, labels)``; a dictionary that it returns counts as its sum. A
-            weight is a finite number, or a tensor of one element: an ``nn.Parameter`` is learned, and its gradient
+        losses: ``{name: (loss, weight)}``, at least one. A loss is one of this package, of sentence-transformers or
+            of your own that needs the embeddings and the labels only; a dictionary that it returns counts as its sum.
+            A weight is a finite number, or a tensor of one element: an ``nn.Parameter`` is learned, and its gradient
             averaged over the ranks.
         mini_batch_size: The batch is encoded in mini-batches of so many rows, by the gradient cache of the Cached
             losses: one cache, and two passes over the encoder, for all the losses. None encodes it in one piece. The
@@ -57,7 +53,8 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
 
     Raises:
         TypeError, ValueError: A name, a weight or a mini-batch that cannot be, or a loss that needs more than the
-            embeddings and the labels (a guide, a gradient cache of its own, ...).
+            embeddings and the labels (a guide, a gradient cache of its own, ...). That a loss reads the tokens shows
+            at its first batch.
     """
 
     def __init__(
@@ -75,13 +72,15 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
         super().__init__()
         name = type(self).__name__
         if not isinstance(losses, Mapping) or not losses:
-            raise ValueError(f"losses must be a dictionary {{name: (loss, weight)}} of at least one, got {losses!r}.")
+            raise ValueError(
+                f"losses must be a dictionary {{name: (loss, weight)}} of at least one, got {described(losses)}."
+            )
         for entry, value in losses.items():
-            _check_name(entry)
+            check_name(entry)
             if not isinstance(value, (tuple, list)) or len(value) != 2:
-                raise TypeError(f"losses[{entry!r}] must be (loss, weight), got {value!r}.")
-            _check_loss(entry, value[0], model, name)
-            _check_weight(entry, value[1])
+                raise TypeError(f"losses[{entry!r}] must be (loss, weight), got {described(value)}.")
+            check_loss(entry, value[0], model, name)
+            check_weight(entry, value[1])
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
         if self.uses_gradient_cache:
             check_splits(name, model, "leave mini_batch_size and mini_batch_num_tokens out")
@@ -134,9 +133,10 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
 
         A subclass may compute several at once here, or leave out those that this batch has no use for, which are 0.
         """
-        return {name: loss.compute_loss_from_embeddings(list(embeddings), labels) for name, loss in self.losses.items()}
+        return {name: loss_from_embeddings(loss, self.model, embeddings, labels) for name, loss in self.losses.items()}
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Components:
+        labels = cut_like(labels, embeddings[0], self.model)
         values = {name: _value(name, value) for name, value in self.components(embeddings, labels).items()}
         absent = torch.zeros_like(next(iter(values.values())))
         return Components(
@@ -172,7 +172,7 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
     def _weight(self, name: str) -> float | Tensor:
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
-            _check_weight(name, weight)
+            check_weight(name, weight)
         return as_scale(weight)
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -233,62 +233,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return type(value).__name__
     return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"losses must be named by strings that are not empty and hold no '.', got {name!r}.")
-    if name in TAKEN or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
-        raise ValueError(f"losses cannot have the name {name!r}, which has a meaning to the Trainer or to torch.")
-
-
-def _check_weight(name: str, weight: Any) -> None:
-    if isinstance(weight, Tensor) and weight.numel() == 1:
-        if learnable(weight) and not isinstance(weight, nn.Parameter):
-            raise ValueError(
-                f"the weight of losses[{name!r}] is a tensor that requires a gradient but no nn.Parameter, so that no "
-                "optimizer would find it: give nn.Parameter(weight)."
-            )
-        weight = weight.item()
-    if not isinstance(weight, Real):
-        raise TypeError(
-            f"the weight of losses[{name!r}] must be a number or a tensor of one element, got "
-            f"{list(weight.shape) if isinstance(weight, Tensor) else repr(weight)}."
-        )
-    if not math.isfinite(weight):
-        raise ValueError(f"the weight of losses[{name!r}] must be finite, got {weight}.")
-
-
-def _check_loss(name: str, loss: Any, model: nn.Module, owner: str) -> None:
-    """A loss that needs the embeddings and the labels, and nothing else."""
-    if not isinstance(loss, nn.Module):
-        raise TypeError(f"losses[{name!r}] must be (loss, weight) with a loss that is an nn.Module, got {loss!r}.")
-    what = f"losses[{name!r}] is a {type(loss).__name__}"
-    if getattr(loss, "model", model) is not model:
-        raise ValueError(f"{what} of another model: build it with the model that {owner} gets.")
-    if uses_gradient_cache(loss):
-        raise ValueError(
-            f"{what}, which keeps a gradient cache of its own: give the loss without Cached in its name, and "
-            f"mini_batch_size= to {owner}, which keeps one for all."
-        )
-    others = [key for key, child in loss._modules.items() if key != "model" and isinstance(child, BaseModel)]
-    if others:
-        raise ValueError(
-            f"{what}, which asks a second model ({others[0]}) about the texts; {owner} has embeddings only."
-        )
-    method = getattr(loss, "compute_loss_from_embeddings", None)
-    if method is None:
-        if any(getattr(child, "model", None) is model for child in loss.children()):
-            raise ValueError(f"{what}, which wraps another loss: put it around the {owner} instead.")
-        raise ValueError(
-            f"{what}, which has no compute_loss_from_embeddings(embeddings, labels): it needs more than embeddings."
-        )
-    parameters = list(inspect.signature(method).parameters.values())
-    required = [
-        p.name for p in parameters[2:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if len(parameters) < 2 or parameters[1].name != "labels" or required:
-        raise ValueError(
-            f"{what}, whose compute_loss_from_embeddings takes ({', '.join(p.name for p in parameters)}); wanted are "
-            "(embeddings, labels)."
-        )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ..logs import described
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -16,11 +20,21 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def number(name: str, value: Any) -> Real:
-    if isinstance(value, Tensor) and value.dim() == 0:
-        value = value.item()
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    return value
+    """A number as Python has it, from whatever holds one: a number of Python's or numpy's, an array or a tensor of one
+    element."""
+    plain = value
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        plain = value.item()
+    if not isinstance(plain, Real):
+        raise TypeError(f"{name} must be a number, got {described(value)}.")
+    return plain
+
+
+def constant(name: str, value: Any) -> Real:
+    """The same, of an option that gets no gradient here."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} requires a gradient, which it does not get: give a number, or its detach().")
+    return number(name, value)
 
 
 def floating(name: str, value: Any) -> None:
@@ -72,11 +86,12 @@ def row_weights(value: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"weights must have shape [{rows}] on {device}, got {list(value.shape)} on {value.device}.")
 
 
-def scale_type(scale: Any) -> None:
-    """Of a scale, all that can be known without reading a tensor's value."""
+def scale_type(scale: Any) -> Real | Tensor:
+    """A scale as a Python number, or as the tensor that it is; checked as far as that reads no tensor's value."""
     if not isinstance(scale, Tensor):
-        number("scale", scale)
-    elif scale.dim() != 0 or not scale.is_floating_point():
+        return number("scale", scale)
+    if scale.dim() != 0 or not scale.is_floating_point():
         raise ValueError(
             f"scale must be a number or a 0-d floating-point tensor, got {list(scale.shape)} of {scale.dtype}."
         )
+    return scale

@@ -202,17 +202,22 @@ def _validated(
             f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
         )
     checks.one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
-    for name in ("hardness_strength", "margin"):
-        options[name] = checks.number(name, options[name])
+    options["hardness_strength"] = checks.constant("hardness_strength", options["hardness_strength"])
+    # A comparison with it decides, so its gradient is 0 whatever it is.
+    options["margin"] = checks.number("margin", options["margin"])
     if not 0 <= options["hardness_strength"] < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
     checks.one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
     if not abs(options["margin"]) < math.inf:
         raise ValueError(f"margin must be a finite number, got {options['margin']}.")
-    _scale(options["scale"])
+    options["scale"] = _scale(options["scale"])
 
     offset = options["row_offset"]
     if not isinstance(offset, Integral) or offset < 0 or offset + n > world:
+        if isinstance(offset, Integral) and offset == 0:
+            raise ValueError(
+                f"documents[0], the positives, has {world} rows, fewer than the {n} of queries: each needs its own."
+            )
         raise ValueError(
             f"row_offset={offset} does not fit: the {n} rows need positives row_offset .. row_offset + {n} - 1, and "
             f"documents[0] has {world} rows."
@@ -250,15 +255,13 @@ def _validated(
     )
 
 
-def _scale(scale: Any) -> None:
-    checks.scale_type(scale)
-    if isinstance(scale, Tensor):
-        # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
-        # either; the operator in its graph does.
-        if scale.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        scale = scale.item()
-    contract.check_scale(checks.number("scale", scale))
+def _scale(scale: Any) -> Real | Tensor:
+    scale = checks.scale_type(scale)
+    # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
+    # either; the operator in its graph does.
+    if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and not torch.compiler.is_compiling()):
+        contract.check_scale(checks.number("scale", scale))
+    return scale
 
 
 def _ids(
@@ -301,9 +304,7 @@ def _prefixes(dims: Any, weights: Any, dimension: int) -> tuple[tuple[int, ...],
             raise TypeError(f"matryoshka_dims must be integers, got {dim!r}.")
         if not 1 <= width <= dimension:
             raise ValueError(f"matryoshka_dims must be in 1 .. {dimension}, the embeddings' dimension; got {dim}.")
-        # Not a tensor: the gradient of a learnable one would be lost.
-        if not isinstance(weight, Real):
-            raise TypeError(f"matryoshka_weights must be numbers, got {weight!r}.")
+        weight = checks.constant("matryoshka_weights", weight)
         if not math.isfinite(weight):
             raise ValueError(f"matryoshka_weights must be finite, got {weight}.")
         total[width] = total.get(width, 0.0) + float(weight)

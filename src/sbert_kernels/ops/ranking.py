@@ -175,6 +175,6 @@ def _validated(scores: Any, labels: Any, scale: Any, weights: Any) -> RankingPro
             f"labels must have shape [{n}] or [{n}, 1] on {scores.device}, as the scores, got {list(labels.shape)} on "
             f"{labels.device}."
         )
-    checks.scale_type(scale)
+    scale = checks.scale_type(scale)
     checks.row_weights(weights, n, scores.device)
     return RankingProblem(scores, comparable(labels.detach().reshape(-1)), scale, weights)
