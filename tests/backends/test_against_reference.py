@@ -187,8 +187,9 @@ def test_cpu_equals_the_reference(
     kind: Products, dtype: torch.dtype, problem: dict[str, Any], block_bytes: int
 ) -> None:
     """Errors of at most twice those of eager float32, and some roundings of the products' own."""
-    if kind != Products.FLOAT32 and not cpu._has_bfloat16():
-        pytest.skip("this machine has no bfloat16 products")
+    reason = cpu.why_not(kind)
+    if reason is not None:
+        pytest.skip(reason)
     with library.override(block_bytes=block_bytes, products=kind.name.lower()):
         ours = loss_and_gradients("cpu", problem, dtype)
     # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.

@@ -159,6 +159,23 @@ def test_the_strategy_asked_for_says_what_it_does_not_do(caplog: pytest.LogCaptu
     ]
 
 
+def test_products_that_a_gpu_lacks_are_replaced_with_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    from sbert_kernels.backends.triton import launching, operands
+
+    found = {}
+    for name in ("sm_75", "gfx942", "sm_90"):
+        for products in ("tf32", "bfloat16"):
+            with settings.override(products=products):
+                target = launching.Target(*aot_report.TARGETS[name])
+                found[name, products] = [operands.choose_products({torch.float32}, target).name for _ in range(2)]
+    lacking = {("sm_75", "tf32"): "float32", ("sm_75", "bfloat16"): "float32", ("gfx942", "tf32"): "bfloat16x3"}
+    assert found == {key: [lacking.get(key, key[1])] * 2 for key in found}
+    assert [record.message for record in caplog.records] == [
+        f"SBERT_KERNELS_PRODUCTS={products!r}: this GPU has no such products, so that {taken} takes its place."
+        for (_, products), taken in lacking.items()
+    ]
+
+
 def test_prefixes_share_one_sweep_unless_their_weights_stay_on_the_chip() -> None:
     (case,) = (c for c in aot_report.CASES if c.name == "matryoshka")
     problem = aot_report.problem_of(case, torch.bfloat16, 768)
