@@ -66,7 +66,7 @@ def assert_close(ours: list[Tensor], exact: list[Tensor], rtol: float = 1e-9) ->
         torch.testing.assert_close(value, other, rtol=rtol, atol=float(rtol * largest + 1e-12), check_dtype=False)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(
     n=st.integers(0, 200),
     kind=st.sampled_from(sorted(LABELS)),
@@ -90,7 +90,7 @@ def test_equals_the_definition(
     assert_close(flow(got, *inputs), flow(exact, *inputs))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     n=st.integers(0, 200),
     dim=st.integers(2, 70),
@@ -203,7 +203,7 @@ def test_infinite_scores_count_as_such(
         assert gradient.isfinite().all()
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(
     n=st.integers(0, 12),
     levels=st.integers(1, 4),
