@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import logging
 import multiprocessing
@@ -47,6 +48,16 @@ TEXTS = [
     ("when does it open", "opening hours are nine to five", "the door"),
     ("why is the sky blue", "light is scattered by air", "blue paint"),
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the Trainer collects garbage twice a training, which took most of a short one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
