@@ -194,7 +194,8 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
 
     As a script, because pytest imports it under a name that a new process cannot import. ``inputs``, if given, are
     there as ``FOLDER/inputs.pt``. Where the system can fork, one process imports the libraries for all ranks of all
-    tests, which takes longer than most of them; it runs nothing before it forks.
+    tests, which takes longer than most of them; it runs nothing before it forks. All have the environment
+    of the first.
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")

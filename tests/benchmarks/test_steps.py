@@ -25,8 +25,8 @@ PAUSE = 1.0
 class Clock:
     """What the stopwatch reads: seconds pass where a test lets them, however busy the machine is."""
 
-    def __init__(self) -> None:
-        self.now, self.tick = 0.0, 0.0
+    now = 0.0
+    tick = 0.0  # between two readings
 
     def perf_counter(self) -> float:
         self.now += self.tick
@@ -41,7 +41,7 @@ clock = Clock()
 
 @pytest.fixture(autouse=True)
 def _the_stopwatch_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock.__init__()
+    clock.now = clock.tick = 0.0
     monkeypatch.setattr(steps, "time", clock)
 
 
