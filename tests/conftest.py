@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
-import subprocess
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Threads that wait for one another give their core away: on a busy machine tiny products are several times faster.
+# Has to be known before anything imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
     # Has to be known before anything imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import sentence_transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
 from sbert_kernels import extension
+
+# A slow or busy machine is slow, and no less right: nothing here fails for the time it takes, unless it hangs.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
+HUNG_AFTER = 1800  # seconds
 
 TEXTS = [
     ("how tall is it", "the height of the tower", "a recipe for soup"),
@@ -33,6 +48,16 @@ TEXTS = [
     ("when does it open", "opening hours are nine to five", "the door"),
     ("why is the sky blue", "light is scattered by air", "blue paint"),
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the Trainer collects garbage twice a training, which took most of a short one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -90,17 +115,26 @@ def bert_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bert(bert_path: Path) -> Callable[..., Any]:
-    """Makes equal tiny BERTs: mean pooling, 32 dimensions, no dropout, float64 unless told otherwise."""
+def bert(bert_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes equal tiny BERTs: mean pooling, 32 dimensions, no dropout, float64 unless told otherwise.
+
+    They share the vocabulary of their tokenizers, which takes longer to load than all the rest.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformer = Transformer(str(bert_path), max_seq_length=32)
+    first = SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu")
+    assert first.tokenizer is transformer.tokenizer
+
     def make(dtype: torch.dtype = torch.float64) -> SentenceTransformer:
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        transformer = Transformer(str(bert_path), max_seq_length=32)
-        return SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").to(dtype)
+        return copy.deepcopy(first, {id(first.tokenizer): copy.copy(first.tokenizer)}).to(dtype)
 
-    return make
+    words = len(first.tokenizer)
+    yield make
+    assert len(first.tokenizer) == words, "a test added tokens to what all tests share: it needs a deepcopy"
 
 
 @pytest.fixture(scope="session")
@@ -159,17 +193,35 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
     """Runs a test file as a script in processes of its own, ``FILE RANK WORLD FOLDER``; returns ``FOLDER/RANK.pt``.
 
     As a script, because pytest imports it under a name that a new process cannot import. ``inputs``, if given, are
-    there as ``FOLDER/inputs.pt``.
+    there as ``FOLDER/inputs.pt``. Where the system can fork, one process imports the libraries for all ranks of all
+    tests, which takes longer than most of them; it runs nothing before it forks. All have the environment
+    of the first.
     """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    context.set_forkserver_preload(
+        ["pytest", "torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "sbert_kernels.losses"]
+    )
 
     def run(file: str, world: int, inputs: Any = None) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
         if inputs is not None:
             torch.save(inputs, folder / "inputs.pt")
-        command = [sys.executable, file]
-        processes = [subprocess.Popen([*command, str(rank), str(world), str(folder)]) for rank in range(world)]
+        processes = []
+        for rank in range(world):
+            processes.append(context.Process(target=runpy.run_path, args=(file,), kwargs={"run_name": "__main__"}))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [file, str(rank), str(world), str(folder)])  # which a child inherits
+                processes[-1].start()
         try:
-            assert [process.wait(timeout=120) for process in processes] == [0] * world
+            ready = {process.sentinel: process for process in processes}
+            # One that fails leaves the others waiting for it.
+            while ready and not any(process.exitcode for process in processes):
+                ended = multiprocessing.connection.wait(ready, timeout=HUNG_AFTER)
+                assert ended, f"{file} hangs: no rank of {world} has ended within {HUNG_AFTER} s"
+                for sentinel in ended:
+                    ready.pop(sentinel).join()
+            assert [process.exitcode for process in processes] == [0] * world
         finally:
             for process in processes:
                 process.kill()

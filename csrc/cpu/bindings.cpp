@@ -121,6 +121,8 @@ Outputs contrastive_op(
     double bounded_logit, int64_t block_bytes, std::array<bool, 5> needs) {
   TORCH_CHECK(0 <= products && products <= 2, "products must be 0, 1 or 2, got ", products);
   TORCH_CHECK(
+      products == 0 || *bfloat16_instructions(), "products ", products, " need AVX512-bf16 or AMX, which are not there");
+  TORCH_CHECK(
       queries.scalar_type() == at::kFloat || (queries.scalar_type() == at::kBFloat16 && products == 2),
       "queries must be float32, or bfloat16 for bfloat16 products, got ", queries.scalar_type());
   Problem problem;
@@ -202,6 +204,7 @@ Outputs contrastive_op(
 }
 
 std::string cpu_instruction_set() { return instruction_set_name(); }
+std::string cpu_bfloat16_instructions() { return bfloat16_instructions(); }
 
 }  // namespace
 
@@ -213,6 +216,7 @@ TORCH_LIBRARY(sbert_kernels, library) {
       "bool guide_margin_relative, int row_offset, int products, float bounded_logit, int block_bytes, bool[5] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("cpu_instruction_set() -> str", cpu_instruction_set);
+  library.def("cpu_bfloat16_instructions() -> str", cpu_bfloat16_instructions);
 }
 
 TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", contrastive_op); }

@@ -33,6 +33,10 @@ enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 InstructionSet instruction_set();
 const char* instruction_set_name();
 
+// The instructions that bfloat16 products run with: "AMX" or "AVX512-bf16"; "" where brgemm has no such products. That
+// is what oneDNN says, which ONEDNN_MAX_CPU_ISA and torch.backends.mkldnn.flags() can lower, as ATEN_CPU_CAPABILITY can.
+const char* bfloat16_instructions();
+
 template <class T>
 const T& by_isa(const T& baseline, const T& avx2, const T& avx512) {
   switch (instruction_set()) {

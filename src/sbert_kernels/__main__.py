@@ -59,6 +59,7 @@ def _info(_: argparse.Namespace) -> int:
     print(f"  compiled CPU kernels: {extension.describe()}")
     if extension.load() is None:
         print(f"  their instruction set: {torch.ops.sbert_kernels.cpu_instruction_set()}")
+        print(f"  their products: {_cpu_products()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -71,6 +72,15 @@ def _info(_: argparse.Namespace) -> int:
     for name, variable in settings.VARIABLES.items():
         print(f"  {variable.environment} = {settings.get(name)}: {variable.meaning}")
     return 0
+
+
+def _cpu_products() -> str:
+    """The ways in which the compiled kernels can multiply here, and why no others."""
+    from .backends.cpu.contrastive import Products, bfloat16_instructions, why_not
+
+    there = ", ".join(products.name.lower() for products in Products if why_not(products) is None)
+    instructions = bfloat16_instructions()
+    return f"{there} (by {instructions})" if instructions else f"{there}; {why_not(Products.BFLOAT16)}"
 
 
 def _print_choice(operation: str, device: str, where: str) -> None:

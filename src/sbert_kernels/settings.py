@@ -96,8 +96,9 @@ VARIABLES: dict[str, Variable] = {
         "SBERT_KERNELS_PRODUCTS",
         None,
         _one_of(PRODUCTS),
-        "How float32 embeddings are multiplied: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; unset "
-        "follows the embeddings' type and torch.set_float32_matmul_precision().",
+        "How float32 embeddings are multiplied: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; a CPU "
+        "refuses what it lacks, a GPU says what it takes instead; unset follows the embeddings' type and "
+        "torch.set_float32_matmul_precision().",
     ),
     "strategy": Variable(
         "SBERT_KERNELS_STRATEGY",

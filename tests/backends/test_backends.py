@@ -293,6 +293,19 @@ def test_info_tells_the_gpu_from_the_cpu(
     assert "    else cpu: C++ that stays in the cache; not here: the inputs are on cuda\n" in printed
 
 
+@pytest.mark.usefixtures("compiled")
+def test_info_says_which_products_the_processor_has(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info"])
+    instructions = cpu.bfloat16_instructions()
+    there = (
+        f"float32, bfloat16x3, bfloat16 (by {instructions})\n" if instructions else "float32; there are no instructio"
+    )
+    assert f"  their products: {there}" in capsys.readouterr().out
+    with torch.backends.mkldnn.flags(enabled=False):
+        main(["info"])
+    assert "  their products: float32; there are no instructions for bfloat16 products" in capsys.readouterr().out
+
+
 def test_info_survives_a_request_that_cannot_be_served(
     monkeypatch: pytest.MonkeyPatch, triton_is: Pretend, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,8 +51,9 @@ def multiply_in() -> Iterator[Callable[[Products], None]]:
     with ExitStack() as stack:
 
         def choose(kind: Products) -> None:
-            if kind != Products.FLOAT32 and not cpu._has_bfloat16():
-                pytest.skip("this machine has no bfloat16 products")
+            reason = cpu.why_not(kind)
+            if reason is not None:
+                pytest.skip(reason)
             stack.enter_context(library.override(products=kind.name.lower()))
 
         yield choose
@@ -111,7 +112,7 @@ def test_runs_are_bitwise_equal_with_any_number_of_threads(
 
 RUN = """
 import sys, torch
-from sbert_kernels import contrastive_loss, extension
+from sbert_kernels import contrastive_loss, extension, settings
 assert extension.load() is None, extension.load()
 assert torch.ops.sbert_kernels.cpu_instruction_set() == sys.argv[1]
 torch.manual_seed(0)
@@ -127,6 +128,14 @@ for dtype in (torch.float32, torch.bfloat16):
         for value, exact in zip(*results):
             error = ((value - exact).norm() / exact.norm()).item()
             assert error < (1e-5 if dtype == torch.float32 else 1e-2), (dtype, options, error)
+for products in ("bfloat16", "bfloat16x3"):
+    with settings.override(products=products):
+        try:
+            contrastive_loss(queries, documents, backend="cpu")
+        except ValueError as error:
+            assert f"SBERT_KERNELS_PRODUCTS={products!r} cannot be served" in str(error)
+        else:
+            raise AssertionError(f"{products} products where there should be none")
 """
 
 
@@ -138,13 +147,16 @@ for dtype in (torch.float32, torch.bfloat16):
     [
         ({"ATEN_CPU_CAPABILITY": "avx2"}, "AVX2"),
         ({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "AVX2"),
+        ({"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "AVX512"),
         ({"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, "baseline"),
     ],
-    ids=["avx2", "avx2 products", "none"],
+    ids=["avx2", "avx2 products", "avx512 without bfloat16", "none"],
 )
 def test_lesser_machines_compute_the_same(variables: dict[str, str], instruction_set: str) -> None:
-    if instruction_set == "AVX2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this machine has no AVX2")
+    """And refuse the bfloat16 products that none of them has."""
+    of_the_processor = {"AVX2": torch.cpu._is_avx2_supported, "AVX512": torch.cpu._is_avx512_supported}
+    if instruction_set in of_the_processor and not of_the_processor[instruction_set]():
+        pytest.skip(f"this machine has no {instruction_set}")
     command = [sys.executable, "-c", RUN, instruction_set]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -153,9 +165,8 @@ def test_lesser_machines_compute_the_same(variables: dict[str, str], instruction
 def test_products_follow_the_precision_knob_and_the_machine(
     precision: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(bfloat16: bool, matrix_unit: bool) -> list[Products]:
-        monkeypatch.setattr(cpu, "_has_bfloat16", lambda: bfloat16)
-        monkeypatch.setattr(cpu, "_has_matrix_unit", lambda: matrix_unit)
+    def chosen(instructions: str | None) -> list[Products]:
+        monkeypatch.setattr(cpu, "bfloat16_instructions", lambda: instructions)
         found = []
         for value in ("highest", "high", "medium"):
             precision(value)
@@ -166,20 +177,31 @@ def test_products_follow_the_precision_knob_and_the_machine(
         return found
 
     exact, three, one = Products.FLOAT32, Products.BFLOAT16X3, Products.BFLOAT16
-    assert chosen(bfloat16=True, matrix_unit=True) == [exact, three, one, one]
-    assert chosen(bfloat16=True, matrix_unit=False) == [exact, exact, one, one]
-    assert chosen(bfloat16=False, matrix_unit=False) == [exact] * 4
+    assert chosen("AMX") == [exact, three, one, one]
+    assert chosen("AVX512-bf16") == [exact, exact, one, one]
+    assert chosen(None) == [exact] * 4
 
 
 def test_products_that_are_asked_for_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_has_bfloat16", lambda: False)
     queries, documents = batch(4, 3)
     monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "bfloat16x3")
-    with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='bfloat16x3' needs a machine with AVX512-bf16 or AMX"):
+    refused = pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='bfloat16x3' cannot be served: there are no inst")
+    with torch.backends.mkldnn.flags(enabled=False), refused:  # which forbids what the processor may have
         contrastive_loss(queries, documents)
     monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "fp8")
     with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='fp8' cannot be read: expected one of"):
         contrastive_loss(queries, documents)
+
+
+def test_bfloat16_is_multiplied_in_float32_while_its_products_are_forbidden() -> None:
+    queries, documents = batch(20, 8, torch.bfloat16)
+    with library.override(products="float32"):
+        expected = loss_and_gradients(queries, documents)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert cpu.bfloat16_instructions() is None
+        found = loss_and_gradients(queries, documents)
+    for value, wanted in zip(found, expected, strict=True):  # both rounded to bfloat16 once, at the end
+        assert (value - wanted).norm() <= 2**-8 * wanted.norm()
 
 
 def eager(queries: Tensor, documents: Tensor, scale: float) -> list[Tensor]:
@@ -309,10 +331,10 @@ def test_a_bad_row_spoils_what_it_spoils_in_eager_torch(
 @pytest.mark.parametrize("rows", [4, 5])
 @pytest.mark.parametrize(("kind", "dtype"), [(Products.FLOAT32, torch.float32), (Products.BFLOAT16, torch.bfloat16)])
 def test_a_column_at_minus_infinity_has_a_gradient_of_zero(
-    kind: Products, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+    kind: Products, dtype: torch.dtype, rows: int, multiply_in: Callable[[Products], None]
 ) -> None:
     """No row gives it a share, and neither do the zeros that pad an odd number of rows."""
-    monkeypatch.setattr(cpu, "choose_products", lambda dtypes: kind)
+    multiply_in(kind)
     queries, documents = (x.detach().abs().requires_grad_() for x in batch(rows, 8, dtype))
     worst = torch.full((1, 8), -math.inf, dtype=dtype, requires_grad=True)
     loss = contrastive_loss(queries, [documents, worst], similarity="dot", scale=1.0)
@@ -386,6 +408,9 @@ def test_wrong_operands_are_refused_by_the_operator_itself(monkeypatch: pytest.M
         wrong = [value if key == name else argument for key, argument in zip(names, arguments, strict=True)]
         with pytest.raises(RuntimeError, match=message):
             torch.ops.sbert_kernels.contrastive(*wrong)
+    arguments[names.index("products")] = Products.BFLOAT16
+    with torch.backends.mkldnn.flags(enabled=False), pytest.raises(RuntimeError, match="products 2 need AVX512-bf16"):
+        torch.ops.sbert_kernels.contrastive(*arguments)
 
 
 def forward_backward(n: int, dim: int, dims: list[int] | None) -> Callable[[], bool]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sbert_kernels import extension
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.benchmarks import accuracy
 
 
-def test_errors_are_those_of_the_formats(tmp_path: Path) -> None:
-    if extension.load() is not None or not cpu._has_bfloat16():
-        pytest.skip("this machine has no bfloat16 products")
+def test_errors_are_those_of_the_formats(tmp_path: Path, compiled: None) -> None:
+    reason = cpu.why_not(cpu.Products.BFLOAT16)
+    if reason is not None:
+        pytest.skip(reason)
     parser = argparse.ArgumentParser()
     accuracy.add_arguments(parser)
     accuracy.run(parser.parse_args(["--quick", "--repeats", "3", "--output", str(tmp_path)]))

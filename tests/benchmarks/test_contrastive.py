@@ -22,7 +22,7 @@ def run(*options: str) -> None:
     contrastive.run(parser.parse_args(["--device", "cpu", *options]))
 
 
-def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):
     run("--cases", "mnr-64", "--quick", "--repeats", "2", "--output", str(tmp_path))
     paths = [tmp_path / f"contrastive{suffix}" for suffix in (".json", ".md", ".png")]
     assert capsys.readouterr().out.splitlines()[-3:] == [str(path) for path in paths]
@@ -33,7 +33,7 @@ def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(row["ours samples ms"]) == len(row["stock samples ms"]) == 2 * contrastive.CASES["mnr-64"].rounds
     assert row["stock/ours"] == pytest.approx(row["stock ms"] / row["ours ms"])
     assert row["gradients MiB"] == 2 * 64 * 384 * 4 / 2**20
-    assert row["stock MiB"] > 0
+    assert row["stock MiB"] == row["ours MiB"] == 3
     assert row["compiled ms"] is None
     assert "not compiled: quick run" in row["note"]
 

@@ -116,7 +116,7 @@ def options_of_any_kind(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.data(), options_of_any_kind())
 def test_equals_one_piece_for_every_splitting(data: st.DataObject, options: dict[str, Any]) -> None:
     """Columns of any widths, towers shared or not, rows that repeat, and any way to cut them into mini-batches."""

@@ -95,7 +95,6 @@ def content(features: dict[str, Any], row: int) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None)
 @given(batch=batches(), limits=limits, packing=st.sampled_from(["length", "none"]), unique=st.booleans())
 def test_every_row_is_in_exactly_one_mini_batch(batch: Batch, limits: Limits, packing: str, unique: bool) -> None:
     pools = make_pools(batch, [0] * len(batch), limits, packing=packing, unique_rows=unique)
@@ -106,7 +105,6 @@ def test_every_row_is_in_exactly_one_mini_batch(batch: Batch, limits: Limits, pa
         assert all(rows), "a row that stands for none of the batch"
 
 
-@settings(deadline=None)
 @given(batch=batches(), limits=limits, unique=st.booleans())
 def test_a_mini_batch_holds_its_rows_as_they_were(batch: Batch, limits: Limits, unique: bool) -> None:
     """Tokens, mask and types of each up to its last token, leading padding with them; then only padding."""
@@ -134,7 +132,6 @@ def test_a_mini_batch_holds_its_rows_as_they_were(batch: Batch, limits: Limits, 
             )
 
 
-@settings(deadline=None)
 @given(batch=batches(), limits=limits)
 def test_no_mini_batch_is_over_the_budget_unless_it_is_one_row(batch: Batch, limits: Limits) -> None:
     """The widest that stock would embed of any column on the same route, or the number of tokens that is given."""
@@ -158,7 +155,6 @@ def test_a_number_of_tokens_is_the_only_limit() -> None:
     assert [len(mini_batch.rows) for mini_batch in pool.mini_batches] == [50]
 
 
-@settings(deadline=None)
 @given(batch=batches(), limits=limits, encoders=st.lists(st.integers(0, 1), min_size=4, max_size=4))
 def test_columns_that_preprocess_otherwise_never_mix(batch: Batch, limits: Limits, encoders: list[int]) -> None:
     for pool in make_pools(batch, encoders[: len(batch)], limits):
@@ -254,7 +250,6 @@ def test_flattened_inputs_are_cut_as_stock_does() -> None:
         same(mini_batch.features(), _create_minibatch(features, begin, end))
 
 
-@settings(deadline=None)
 @given(batch=batches(), limits=limits)
 def test_without_packing_they_are_stock_s_mini_batches(batch: Batch, limits: Limits) -> None:
     pools = make_pools(batch, [0] * len(batch), limits, packing="none")
@@ -271,7 +266,6 @@ def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value
 
 
-@settings(deadline=None)
 @given(batch=batches(), limits=limits, packing=st.sampled_from(["length", "none"]))
 def test_modules_may_write_into_the_features_of_a_mini_batch(batch: Batch, limits: Limits, packing: str) -> None:
     """Neither the batch nor the second pass over it sees what the first pass wrote."""
@@ -318,7 +312,6 @@ def test_a_row_of_padding_alone_keeps_its_width() -> None:
     assert sorted(mini_batch.features()["input_ids"].shape[1] for mini_batch in pool.mini_batches) == [3, 5, 5]
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=12),
     repeats=st.lists(st.integers(0, 11), max_size=12),
@@ -440,7 +433,6 @@ def cost(lengths: np.ndarray, groups: list[np.ndarray], per_call: int) -> int:
 some_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(np.asarray)
 
 
-@settings(deadline=None)
 @given(lengths=some_lengths, budget=st.integers(1, 400), per_call=st.sampled_from([0, 1, 64, 2048]))
 def test_packs_each_row_once_within_the_budget(lengths: np.ndarray, budget: int, per_call: int) -> None:
     groups = pack(lengths, budget, per_call)
@@ -450,7 +442,6 @@ def test_packs_each_row_once_within_the_budget(lengths: np.ndarray, budget: int,
     assert longest == sorted(longest, reverse=True)
 
 
-@settings(deadline=None)
 @given(lengths=some_lengths, rows=st.integers(1, 16), per_call=st.sampled_from([0, *CALL_TOKENS.values(), 2048]))
 def test_never_more_padded_tokens_than_stock_s_order(lengths: np.ndarray, rows: int, per_call: int) -> None:
     """Unless that saves calls, by what a call costs.
@@ -467,7 +458,7 @@ def test_never_more_padded_tokens_than_stock_s_order(lengths: np.ndarray, rows: 
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(1, 20_000), min_size=1, max_size=40).map(np.asarray), rows=st.integers(1, 8))
 def test_texts_longer_than_the_search_tells_apart(lengths: np.ndarray, rows: int) -> None:
     """Audio has that many samples. Lengths are taken together in steps; the budget holds exactly."""

@@ -286,7 +286,7 @@ def worker(rank: int, world: int, folder: str) -> None:
             # A group for each: what one leaves behind, or breaks, is not the next one's.
             store = f"file://{folder}/{name}-{size}"
             dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
+                "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(minutes=5)
             )
             try:
                 results[name, size] = train(SCENARIOS[name], copy.deepcopy(models[SCENARIOS[name].model]), rank, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +143,7 @@ def test_equals_stock_on_text_and_under_matryoshka(
         pytest.skip("stock itself fails to tokenise again for the guide before 6.2")
     model, guide = bert(), bert()
     if other_vocabulary:
+        guide = copy.deepcopy(guide)  # with a vocabulary of its own
         guide.tokenizer.add_tokens(["soupspoon"])
         guide[0].auto_model.resize_token_embeddings(len(guide.tokenizer))
     torch.manual_seed(3)

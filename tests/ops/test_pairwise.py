@@ -36,7 +36,7 @@ def check(got: list[Tensor], exact: list[Tensor], rtol: float = 1e-9) -> None:
         torch.testing.assert_close(value, other, rtol=rtol, atol=rtol * largest + 1e-13)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     n=st.integers(0, 70),
     dim=st.integers(2, 130),

@@ -14,7 +14,6 @@ elsewhere) in float32. Sums, softmax, own pairs and loss are float32 or better i
 from __future__ import annotations
 
 from enum import IntEnum
-from functools import cache
 from typing import Any
 
 import torch
@@ -105,18 +104,38 @@ def choose_products(dtypes: set[torch.dtype]) -> Products:
     if asked_for is not None:
         if asked_for not in ("float32", "bfloat16x3", "bfloat16"):
             raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} is for GPUs; the cpu backend has no such products.")
-        if asked_for != "float32" and not _has_bfloat16():
-            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} needs a machine with AVX512-bf16 or AMX.")
-        return Products[asked_for.upper()]
+        products = Products[asked_for.upper()]
+        reason = why_not(products)
+        if reason is not None:
+            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} cannot be served: {reason}.")
+        return products
     if dtypes == {torch.bfloat16}:
-        return Products.BFLOAT16 if _has_bfloat16() else Products.FLOAT32
+        return Products.BFLOAT16 if bfloat16_instructions() else Products.FLOAT32
     precision = torch.get_float32_matmul_precision()
     # float16 has more bits than bfloat16, and no knob of its own.
     if torch.float32 not in dtypes or precision == "highest":
         return Products.FLOAT32
     if precision == "medium":
-        return Products.BFLOAT16 if _has_bfloat16() else Products.FLOAT32
-    return Products.BFLOAT16X3 if _has_matrix_unit() else Products.FLOAT32
+        return Products.BFLOAT16 if bfloat16_instructions() else Products.FLOAT32
+    return Products.BFLOAT16X3 if bfloat16_instructions() == "AMX" else Products.FLOAT32
+
+
+def bfloat16_instructions() -> str | None:
+    """The instructions that bfloat16 products run with here, "AMX" or "AVX512-bf16"; None where there are none.
+
+    The compiled kernels answer, which must be loaded: what the processor has, less what the environment forbids.
+    """
+    return torch.ops.sbert_kernels.cpu_bfloat16_instructions() or None
+
+
+def why_not(products: Products) -> str | None:
+    """Why the machine cannot multiply in this way, or None."""
+    if products == Products.FLOAT32 or bfloat16_instructions():
+        return None
+    return (
+        "there are no instructions for bfloat16 products (AVX512-bf16 or AMX): the processor lacks them, or "
+        "ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA or torch.backends.mkldnn.enabled forbids them"
+    )
 
 
 def _fake_contrastive(
@@ -135,21 +154,6 @@ def _fake_contrastive(
         queries.new_empty((int(needs.scale),), dtype=torch.float32),
         queries.new_empty((queries.shape[0] if needs.weights else 0,), dtype=torch.float32),
     )
-
-
-@cache
-def _has_bfloat16() -> bool:
-    """Instructions for products of bfloat16 pairs, and leave to use them: ATEN_CPU_CAPABILITY may forbid some."""
-    return _allows_avx512() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-@cache
-def _has_matrix_unit() -> bool:
-    return _allows_avx512() and torch.cpu._is_amx_tile_supported()
-
-
-def _allows_avx512() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import settings
+from ...logs import log_once
 from . import edges, tuning
 from .launching import INTERPRETED, Target, launch
+
+logger = logging.getLogger(__name__)
 
 # How float32 operands are multiplied, by SBERT_KERNELS_PRODUCTS or torch.set_float32_matmul_precision().
 _BY_PRECISION = {"highest": "float32", "high": "tf32", "medium": "bfloat16"}
@@ -64,13 +68,20 @@ def choose_products(dtypes: set[torch.dtype], target: Target, prefixes: int = 1)
         if dtype == torch.float16 or tensor_cores:
             return Products(str(dtype).removeprefix("torch."), dtype, fma=not tensor_cores)
         return Products("float32", torch.float32, fma=True)  # sm_75 has no bfloat16 products
-    name = settings.get("products") or _BY_PRECISION[torch.get_float32_matmul_precision()]
+    asked_for = settings.get("products")
+    name = asked_for or _BY_PRECISION[torch.get_float32_matmul_precision()]
     if dtypes == {torch.float16}:
         name = "tf32"
+    wanted = name
     if target.backend == "hip" and name in ("tf32", "tf32x3"):
         name = "bfloat16x3"  # gfx942 has no tf32 products of Triton's
     if not tensor_cores:
         name = "float32"
+    if name != wanted == asked_for:
+        log_once(
+            logger,
+            f"SBERT_KERNELS_PRODUCTS={asked_for!r}: this GPU has no such products, so that {name} takes its place.",
+        )
     if name == "bfloat16":
         return Products(name, torch.bfloat16, fma=False)
     return Products(name, torch.float32, fma=name == "float32" and target.backend != "hip")
