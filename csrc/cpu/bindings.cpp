@@ -215,6 +215,6 @@ TORCH_LIBRARY(sbert_kernels, library) {
   library.def("cpu_instruction_set() -> str", cpu_instruction_set);
 }
 
-TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", contrastive_op); }
+TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", Operator<contrastive_op>::call); }
 
 }  // namespace sbert_kernels
