@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..logs import log_once
+from ..values import readable
 from .activations import ActivationBudget, budget_bytes
 from .options import Options
 from .packing import Column, Limits, MiniBatch, Pool, Sliced, make_pools
@@ -141,15 +142,23 @@ class _Step:
             log_once(logger, "activation_budget: none are kept of an encoder that is sharded over ranks (FSDP).")
         of_column = [numbers[id(module)] for module in encoders]
         self._columns = len(columns)
-        self.pools = make_pools(
-            columns,
-            of_column,
-            Limits(options.mini_batch_size, options.mini_batch_num_tokens),
-            packing=options.packing,
-            unique_rows=options.unique_rows,
-            pad=pad,
-        )
         tensors = [value for column in columns for value in _tensors(column)]
+        packing, unique_rows = options.packing, options.unique_rows
+        if not readable(*tensors):
+            # Which rows are long, or equal, is not known.
+            packing, unique_rows = "none", False
+        try:
+            self.pools = make_pools(
+                columns,
+                of_column,
+                Limits(options.mini_batch_size, options.mini_batch_num_tokens),
+                packing=packing,
+                unique_rows=unique_rows,
+                pad=pad,
+            )
+        except MemoryError as error:
+            # In torch's words, for which a smaller batch is tried.
+            raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {error or 'for packing'}") from error
         self._devices = devices_of(modules.values(), tensors)
         self._surroundings = Surroundings(modules.values(), self._devices)
         self._budget = ActivationBudget(budget_bytes(options.activation_budget, self._devices), list(modules.values()))
@@ -322,7 +331,7 @@ class _Step:
         if not part.counts:
             return torch.zeros_like(embeddings)
         rows = self._gradients[part.pool]
-        rows = rows[torch.from_numpy(part.mini_batch.rows).to(rows.device)]
+        rows = rows[part.mini_batch.index(rows.device)]
         return (rows * grad_output.to(rows.device)).to(embeddings.dtype)
 
     @contextmanager
@@ -363,4 +372,4 @@ def _put(rows_of_pool: list[Tensor], outputs: Sequence[Tensor], mini_batch: Mini
         if number == len(rows_of_pool):
             rows_of_pool.append(output.new_empty(mini_batch.pool.rows, *output.shape[1:]))
         with torch.no_grad():
-            rows_of_pool[number][torch.from_numpy(rows).to(output.device)] = output.detach()
+            rows_of_pool[number][mini_batch.index(output.device)] = output.detach()

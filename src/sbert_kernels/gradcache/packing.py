@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import _create_minibatch, _get_batch_size, _minibatch_ranges
 from torch import Tensor
 
+from ..values import readable
+
 PACKINGS = ("length", "none")
 
 # What one more call of an encoder costs, in padded tokens embedded in that time: a cut that saves less does not pay.
@@ -85,6 +87,12 @@ class Sliced:
         if isinstance(column, Tensor):
             column = {"": column}
         self.rows = _get_batch_size(column)
+        if not readable(*column.values()) and (limits.tokens is not None or not UNPOOLED.isdisjoint(column)):
+            read = "mini_batch_num_tokens" if limits.tokens is not None else f"{sorted(UNPOOLED.intersection(column))}"
+            raise ValueError(
+                f"column {position} cannot be cut into mini-batches without reading values ({read}), and it holds no "
+                "data (a dry run on meta or fake tensors): use mini_batch_size, and features that are padded, there."
+            )
         self._ranges = _minibatch_ranges(column, limits.rows, limits.tokens)
         self._per_row = _tokens_per_row(column)
         self.budget = max((end - begin for begin, end in self._ranges), default=0) * self._per_row
@@ -101,7 +109,14 @@ class Sliced:
         begin, end = int(rows[0]), int(rows[-1]) + 1
         if isinstance(self.features, Tensor):
             return self.features[begin:end].clone()
-        features = _create_minibatch(dict(self.features), begin, end)
+        if not readable(*self.features.values()):
+            # Stock looks for padding to leave out; a dry run is told the most that it may take.
+            features = {
+                key: value[begin:end] if _may_be_by_row(key, value) and len(value) == self.rows else value
+                for key, value in self.features.items()
+            }
+        else:
+            features = _create_minibatch(dict(self.features), begin, end)
         # Slices are views, and modules may write into what they are given.
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in features.items()}
 
@@ -117,6 +132,12 @@ class MiniBatch:
     pool: Sliced | Pool
     rows: np.ndarray
     tokens: float
+
+    def index(self, device: torch.device) -> Tensor | slice:
+        """What picks these rows out of all rows of the pool, in a tensor on a device."""
+        if isinstance(self.pool, Sliced):
+            return slice(int(self.rows[0]), int(self.rows[-1]) + 1)
+        return torch.from_numpy(self.rows).to(device)
 
     def features(self) -> Features | Tensor:
         """A fresh copy of the rows' features, as wide as the longest of them."""
@@ -145,12 +166,7 @@ class Padded:
         self.by_row = {key for key, _ in self._tensors()}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        # prompt_length is one number in every form that it takes, also as a tensor of the batch's length.
-        return [
-            (key, value)
-            for key, value in self.features.items()
-            if isinstance(value, Tensor) and value.ndim > 0 and key != "prompt_length"
-        ]
+        return [(key, value) for key, value in self.features.items() if _may_be_by_row(key, value)]
 
     @staticmethod
     def fits(column: Column) -> bool:
@@ -426,6 +442,11 @@ def _on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     if len({tensor.device for tensor in tensors}) != 1:
         return [tensor.cpu().numpy() for tensor in tensors]
     return np.split(torch.cat(list(tensors)).cpu().numpy(), np.cumsum([len(tensor) for tensor in tensors])[:-1])
+
+
+def _may_be_by_row(key: str, value: Any) -> bool:
+    # prompt_length is one number in every form that it takes, also as a tensor of the batch's length.
+    return isinstance(value, Tensor) and value.ndim > 0 and key != "prompt_length"
 
 
 def _may_index_tokens(value: Tensor, width: int) -> bool:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..values import readable
+
 
 def learnable(scale: Any) -> bool:
     return isinstance(scale, Tensor) and scale.requires_grad
@@ -44,8 +46,14 @@ class _AveragedOverRanks(torch.autograd.Function):
 
 
 def plain_scale(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose scale or temperature, if it is a tensor, is written as the number that it is now."""
-    return {
-        key: value.item() if key in ("scale", "temperature") and isinstance(value, Tensor) else value
-        for key, value in config.items()
-    }
+    """A configuration whose scale or temperature, if it is a tensor, is written as the number that it is now.
+
+    None where the tensor holds no data.
+    """
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.item() if readable(value) else None
+
+    return {key: plain(value) if key in ("scale", "temperature") else value for key, value in config.items()}

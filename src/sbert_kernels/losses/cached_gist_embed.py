@@ -17,7 +17,7 @@ from ._cached import GradientCached
 from ._prefixes import WHOLE, Prefixes
 from ._scale import learnable, plain_scale
 from ._serving import serves
-from .gist_embed import changed_computation, guided_loss
+from .gist_embed import changed_computation, check_retokenizable, guided_loss
 
 
 class CachedGISTEmbedLoss(GradientCached, stock.CachedGISTEmbedLoss):
@@ -100,6 +100,7 @@ class CachedGISTEmbedLoss(GradientCached, stock.CachedGISTEmbedLoss):
         with torch.no_grad():
             features = mini_batch.features()
             if self.must_retokenize:
+                check_retokenizable(self, features["input_ids"])
                 features = batch_to_device(self.guide.preprocess(self._texts(features)), self.guide.device)
             return [*embeddings, self.guide(features)["sentence_embedding"]]
 

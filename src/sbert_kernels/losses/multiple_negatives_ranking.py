@@ -21,6 +21,7 @@ from typing_extensions import deprecated
 from .. import settings
 from ..backends.problem.contrastive import DUPLICATES
 from ..ops.contrastive import contrastive_loss
+from ..values import readable
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, plain_scale
@@ -69,7 +70,7 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
     ) -> None:
         super().__init__(
             model=model,
-            scale=scale,
+            scale=scale if readable(scale) else 1.0,  # stock compares it with 0
             similarity_fct=similarity_fct,
             gather_across_devices=gather_across_devices,
             directions=directions,
@@ -77,6 +78,7 @@ class MultipleNegativesRankingLoss(stock.MultipleNegativesRankingLoss):
             hardness_mode=hardness_mode,
             hardness_strength=hardness_strength,
         )
+        self.scale = scale
         self.duplicates = check_duplicates(duplicates)
 
     def forward(

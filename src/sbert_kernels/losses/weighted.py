@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
+from ..values import readable
 from ._cached import GradientCached
 from ._components import ADDED, Components
 from ._scale import as_scale, learnable
@@ -201,6 +202,8 @@ def _stored(weight: float | Tensor) -> float | nn.Parameter:
 def _plain(value: Any) -> Any:
     """What a model card can write as JSON."""
     if isinstance(value, Tensor):
+        if not readable(value):
+            return None
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -225,6 +228,8 @@ def _check_weight(name: str, weight: Any) -> None:
                 f"the weight of losses[{name!r}] is a tensor that requires a gradient but no nn.Parameter, so that no "
                 "optimizer would find it: give nn.Parameter(weight)."
             )
+        if not readable(weight):
+            return
         weight = weight.item()
     if not isinstance(weight, Real):
         raise TypeError(

@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..backends.problem import contrastive as contract
 from ..backends.problem.contrastive import ContrastiveProblem, Needs
+from ..values import readable
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, handle_of, learnable, scaled
@@ -64,7 +65,7 @@ class _Contrastive(torch.autograd.Function):
 
 
 def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
-    if torch.compiler.is_compiling():
+    if not readable(*problem.tensors()):
         return _traced.contrastive(problem, backend, needs)
     return evaluate("contrastive", backend, problem, needs)
 
@@ -165,7 +166,7 @@ def contrastive_loss(
     inputs = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
     tensors = learnable("contrastive_loss", inputs)
     if tensors:
-        if torch.compiler.is_compiling():
+        if not readable(*problem.tensors()):
             inputs = _traced.distinct(inputs)
         return _Contrastive.apply(problem, backend, handle_of(tensors), *inputs)
     return _run(problem, backend, Needs()).loss
@@ -254,7 +255,7 @@ def _scale(scale: Any) -> None:
     if isinstance(scale, Tensor):
         # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
         # either; the operator in its graph does.
-        if scale.device.type != "cpu" or torch.compiler.is_compiling():
+        if scale.device.type != "cpu" or not readable(scale):
             return
         scale = scale.item()
     contract.check_scale(checks.number("scale", scale))
