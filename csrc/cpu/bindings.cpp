@@ -219,6 +219,6 @@ TORCH_LIBRARY(sbert_kernels, library) {
   library.def("cpu_bfloat16_instructions() -> str", cpu_bfloat16_instructions);
 }
 
-TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", contrastive_op); }
+TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", Operator<contrastive_op>::call); }
 
 }  // namespace sbert_kernels

@@ -5,9 +5,9 @@
 #include <array>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace sbert_kernels {
 
@@ -34,7 +34,7 @@ template <class Label>
 auto ordered(const Label* labels, int64_t count) {
   using Key = decltype(order_key(Label{}));
   constexpr size_t kPasses = sizeof(Key);
-  std::vector<Ranked<Key>> items(count), other(count);
+  Array<Ranked<Key>> items(count), other(count);
   std::array<std::array<uint32_t, 256>, kPasses> counts{};
   for (int64_t i = 0; i < count; ++i) {
     const Key key = order_key(labels[i]);

@@ -227,7 +227,7 @@ void score(const Shape& shape, Rows<const T> x, Rows<const T> y, bool angles, Sc
 // A row of a gradient while it is computed: in its place, or beside it where that is bf16.
 template <class T>
 struct OutputRow {
-  std::vector<float> buffer;
+  Array<float> buffer;
   explicit OutputRow(int64_t dimension) {
     if constexpr (std::is_same_v<T, uint16_t>) buffer.resize(dimension);
   }
@@ -389,8 +389,8 @@ TORCH_LIBRARY_FRAGMENT(sbert_kernels, library) {
 }
 
 TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) {
-  library.impl("pairwise", pairwise_op);
-  library.impl("pairwise_backward", pairwise_backward_op);
+  library.impl("pairwise", Operator<pairwise_op>::call);
+  library.impl("pairwise_backward", Operator<pairwise_backward_op>::call);
 }
 
 }  // namespace sbert_kernels

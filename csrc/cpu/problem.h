@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.h"
+
 namespace sbert_kernels {
 
 // Similarities of a row and a column come from slices of the embedding: slice k holds the dimensions between prefix
@@ -20,11 +22,11 @@ struct Slice {
 struct Vectors {
   const void* data = nullptr;  // float or at::BFloat16, as Problem::bf16 says
   int64_t rows = 0;
-  int64_t dimension = 0;            // D, also the leading dimension
-  float* gradient = nullptr;        // [rows, D], zeroed; null where nobody wants it
-  std::vector<float> inverse_norm;  // [P, rows], ones for dot products
-  std::vector<double> projection;   // [P, rows], inverse_norm squared; 0 where the norm is a constant (below eps)
-  std::vector<double> along;        // [P, rows], sum of gradient of a similarity x similarity
+  int64_t dimension = 0;      // D, also the leading dimension
+  float* gradient = nullptr;  // [rows, D], zeroed; null where nobody wants it
+  Array<float> inverse_norm;  // [P, rows], ones for dot products
+  Array<double> projection;   // [P, rows], inverse_norm squared; 0 where the norm is a constant (below eps)
+  Array<double> along;        // [P, rows], sum of gradient of a similarity x similarity
 };
 
 // Entries (i, start + i) of a term's matrix.
@@ -96,7 +98,7 @@ struct Problem {
 struct Result {
   double loss = 0;
   double scale_gradient = 0;
-  std::vector<double> losses;  // [N]
+  Array<double> losses;  // [N]
 };
 
 // Fills the gradients of the problem's vectors.

@@ -14,22 +14,17 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <memory>
+#include <initializer_list>
+#include <mutex>
+#include <unordered_set>
 
+#include "memory.h"
 #include "problem.h"
 #include "tile.h"
 
 namespace sbert_kernels {
 
 using Bf16 = c10::BFloat16;
-
-template <class T>
-using Buffer = std::unique_ptr<T[]>;
-
-template <class T>
-Buffer<T> buffer(int64_t size) {
-  return Buffer<T>(new T[size]);  // not initialised
-}
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -46,17 +41,47 @@ struct Bfloat16Products {
   static constexpr bool kPaired = true;
 };
 
+// Room for the code of a product: oneDNN's 256 KiB, doubled as often as it may grow, and what is around it.
+constexpr int64_t kCodeBytes = 4 << 20;
+
+// The shapes of a product, and whether this thread has computed one of these shapes before.
+class ProductShape {
+ public:
+  ProductShape(std::initializer_list<int64_t> shape) {
+    for (const int64_t size : shape) key_ = (key_ ^ static_cast<uint64_t>(size)) * 0x9E3779B97F4A7C15u;
+  }
+  bool known() const { return shapes().count(key_) != 0; }
+  void remember() const { shapes().insert(key_); }
+
+ private:
+  static std::unordered_set<uint64_t>& shapes() {
+    static thread_local std::unordered_set<uint64_t> shapes;
+    return shapes;
+  }
+  uint64_t key_ = 0;
+};
+
 // C [m, n] = or += A [m, k] B [k, n], for operands in parts; B's rows in pairs where the format wants them so.
 template <class P>
 void multiply(
     int64_t m, int64_t n, int64_t k, const std::array<const typename P::Element*, P::kParts>& a, int64_t ld_a,
     const std::array<const typename P::Element*, P::kParts>& b, int64_t ld_b, float* c, int64_t ld_c, bool add) {
-  using at::native::cpublas::brgemm;
-  brgemm(m, n, k, ld_a, ld_b, ld_c, add, a[0], b[0], c, P::kPaired);
-  if constexpr (P::kParts == 2) {
-    brgemm(m, n, k, ld_a, ld_b, ld_c, true, a[1], b[0], c, P::kPaired);
-    brgemm(m, n, k, ld_a, ld_b, ld_c, true, a[0], b[1], c, P::kPaired);
-  }
+  const auto product = [&] {
+    using at::native::cpublas::brgemm;
+    brgemm(m, n, k, ld_a, ld_b, ld_c, add, a[0], b[0], c, P::kPaired);
+    if constexpr (P::kParts == 2) {
+      brgemm(m, n, k, ld_a, ld_b, ld_c, true, a[1], b[0], c, P::kPaired);
+      brgemm(m, n, k, ld_a, ld_b, ld_c, true, a[0], b[1], c, P::kPaired);
+    }
+  };
+  const ProductShape shape{m, n, k, ld_a, ld_b, ld_c, add, P::kParts, P::kPaired};
+  if (shape.known()) return product();
+  // The first time, brgemm compiles a kernel for this thread. Where it has no memory for the code, oneDNN crashes when
+  // it destroys what there is of it.
+  const std::lock_guard<std::mutex> lock(memory_mutex());
+  require_memory(kCodeBytes);
+  product();
+  shape.remember();
 }
 
 // A set of vectors in the products' format: [rows, width], slices padded where elements go in pairs.

@@ -17,7 +17,6 @@
 #include <cmath>
 #include <limits>
 #include <utility>
-#include <vector>
 
 #include "order.h"
 
@@ -93,16 +92,16 @@ struct Wide {
 
 // Pairs in ascending order of their labels, ties in groups.
 struct Pairs {
-  std::vector<int64_t> group_ends;
-  std::vector<uint32_t> order;
-  std::vector<double> z;        // [n]
-  std::vector<double> weights;  // [n], or empty
+  Array<int64_t> group_ends;
+  Array<uint32_t> order;
+  Array<double> z;        // [n]
+  Array<double> weights;  // [n], or empty
   double weight(int64_t at) const { return weights.empty() ? 1.0 : weights[at]; }
 };
 
 struct Results {
   double loss = 0;
-  std::vector<double> z, weights;  // [n], in the order of the labels: gradients, where wanted
+  Array<double> z, weights;  // [n], in the order of the labels: gradients, where wanted
 };
 
 template <class Arithmetic>
@@ -110,7 +109,7 @@ Results ranked(const Arithmetic& arithmetic, const Pairs& pairs, bool want_z, bo
   using Number = typename Arithmetic::Number;
   const int64_t count = static_cast<int64_t>(pairs.z.size()), groups = static_cast<int64_t>(pairs.group_ends.size());
   const auto begin = [&](int64_t group) { return group == 0 ? 0 : pairs.group_ends[group - 1]; };
-  std::vector<Number> e(count), pull(count);
+  Array<Number> e(count), pull(count);
   at::parallel_for(0, count, 4096, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) e[i] = arithmetic.exp(pairs.z[i]);
   });
@@ -163,7 +162,7 @@ Results ranked(const Pairs& pairs, bool want_z, bool want_weights) {
   if (!defined) {
     constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
     const size_t count = pairs.z.size();
-    return {kNan, std::vector<double>(want_z ? count : 0, kNan), std::vector<double>(want_weights ? count : 0, kNan)};
+    return {kNan, Array<double>(want_z ? count : 0, kNan), Array<double>(want_weights ? count : 0, kNan)};
   }
   for (const double weight : pairs.weights) {
     if (weight > 0) weight_range = std::max(weight_range, std::fabs(std::log(weight)));
@@ -188,8 +187,8 @@ void order_by(const Tensor& labels, Pairs& pairs) {
 }
 
 // Values in the order of the labels.
-std::vector<double> in_order(const Tensor& values, const Pairs& pairs, double factor) {
-  std::vector<double> result(pairs.order.size());
+Array<double> in_order(const Tensor& values, const Pairs& pairs, double factor) {
+  Array<double> result(pairs.order.size());
   const auto fill = [&](const auto* data) {
     for (size_t i = 0; i < result.size(); ++i) result[i] = factor * static_cast<double>(data[pairs.order[i]]);
   };
@@ -197,7 +196,7 @@ std::vector<double> in_order(const Tensor& values, const Pairs& pairs, double fa
   return result;
 }
 
-Tensor back_in_place(const std::vector<double>& values, const Pairs& pairs, double factor, at::TensorOptions options) {
+Tensor back_in_place(const Array<double>& values, const Pairs& pairs, double factor, at::TensorOptions options) {
   Tensor result = at::empty({static_cast<int64_t>(values.size())}, options);
   const auto fill = [&](auto* data) {
     for (size_t i = 0; i < values.size(); ++i) {
@@ -249,12 +248,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ranking_op(
   const auto scalar = [&](double value) { return at::empty({}, options).fill_(value); };
   Tensor scale_gradient = at::empty({0}, options);
   if (needs[1]) {
-    const std::vector<double> in_label_order = in_order(scores, pairs, 1.0);
+    const Array<double> in_label_order = in_order(scores, pairs, 1.0);
     double sum = 0;
     for (size_t i = 0; i < in_label_order.size(); ++i) sum += in_label_order[i] * results.z[i];
     scale_gradient = scalar(sum);
   }
-  const std::vector<double> none;
+  const Array<double> none;
   return {
       scalar(results.loss), back_in_place(needs[0] ? results.z : none, pairs, scale, options), scale_gradient,
       back_in_place(results.weights, pairs, 1.0, options)};
@@ -268,6 +267,6 @@ TORCH_LIBRARY_FRAGMENT(sbert_kernels, library) {
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("ranking", ranking_op); }
+TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("ranking", Operator<ranking_op>::call); }
 
 }  // namespace sbert_kernels

@@ -16,21 +16,21 @@ class BlockRows {
   const int64_t ld;
 
   // Statistics of the tiles, own pairs apart.
-  std::vector<float> maxima;             // [G, P, ld], of the logits
-  std::vector<float> shift;              // [G, P, ld]
-  std::vector<double> sums;              // [G, P, ld], of exp(logit - shift)
-  std::vector<double> duplicate_counts;  // [G, ld], further positives
-  std::vector<double> duplicate_scores;  // [G, P, ld], sum of their similarities
+  Array<float> maxima;             // [G, P, ld], of the logits
+  Array<float> shift;              // [G, P, ld]
+  Array<double> sums;              // [G, P, ld], of exp(logit - shift)
+  Array<double> duplicate_counts;  // [G, ld], further positives
+  Array<double> duplicate_scores;  // [G, P, ld], sum of their similarities
 
   // Own pairs: computed row by row in double precision.
-  std::vector<double> pair_scores;  // [K, P, ld], similarities
-  std::vector<char> pair_live;      // [K, ld], in the softmax as a pair
+  Array<double> pair_scores;  // [K, P, ld], similarities
+  Array<char> pair_live;      // [K, ld], in the softmax as a pair
 
   // What finish() makes of them.
-  std::vector<float> softmax_coefficient;  // [G, P, ld], see WeightTile
-  std::vector<float> positive_share;       // [G, P, ld], see WeightTile
-  std::vector<double> pair_gradient;       // [K, P, ld], of the pairs' similarities
-  std::vector<double> losses;              // [ld]
+  Array<float> softmax_coefficient;  // [G, P, ld], see WeightTile
+  Array<float> positive_share;       // [G, P, ld], see WeightTile
+  Array<double> pair_gradient;       // [K, P, ld], of the pairs' similarities
+  Array<double> losses;              // [ld]
 
   int64_t statistic(int64_t group, int64_t prefix) const { return (group * prefixes_ + prefix) * ld; }
   int64_t pair(int64_t pair, int64_t prefix) const { return (pair * prefixes_ + prefix) * ld; }

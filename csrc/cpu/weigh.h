@@ -6,7 +6,6 @@
 #pragma once
 
 #include <array>
-#include <vector>
 
 #include "rows.h"
 #include "workspace.h"
@@ -175,7 +174,7 @@ class Weighing {
   Buffer<float> transposed_;                     // [rows, columns]
   std::array<Buffer<Element>, P::kParts> left_;  // the same in parts
   Buffer<Element> panel_;
-  std::vector<double> along_;  // [P, rows]
+  Array<double> along_;  // [P, rows]
   float inverse_[kMaxTileRows], sums_[kMaxTileRows];
 };
 

@@ -17,12 +17,15 @@ namespace sbert_kernels {
 // tile of rows beyond it.
 constexpr int64_t kPanelBytes = 16 << 20;
 
-// parallel() for tasks that multiply: the thread's products are released after them.
+// parallel() for tasks that multiply: the thread's products are released after them, whatever ends them.
 template <class Worker>
 void parallel_products(int64_t tasks, const Worker& worker) {
+  struct Release {
+    ~Release() { at::native::cpublas::brgemm_release(); }
+  };
   parallel(tasks, [&](const auto& next_task) {
+    const Release release;
     worker(next_task);
-    at::native::cpublas::brgemm_release();
   });
 }
 
@@ -167,7 +170,7 @@ struct Workspace {
   Buffer<Element> column_panels[3];  // of queries, documents, all queries: [tiles], null where they are not kept
   Buffer<Element> row_panels;        // [queries or documents, tiles]
   int64_t row_panel_size = 0;
-  std::vector<double> scale_gradients;  // [N]
+  Array<double> scale_gradients;  // [N]
 };
 
 // Which entries of a tile of a term are duplicates.

@@ -184,7 +184,7 @@ def test_results_are_bitwise_the_same_with_any_number_of_threads(compiled: None)
 
 
 def test_operators_are_well_formed(compiled: None) -> None:
-    """Schemas, fake kernels and symbolic shapes, of the compiled operators and of those that torch.compile sees."""
+    """Schemas; and of the operators that a graph or a dry run sees, fake kernels and symbolic shapes."""
     import sbert_kernels.ops._traced as traced
     from sbert_kernels.backends import choose
 
@@ -194,14 +194,18 @@ def test_operators_are_well_formed(compiled: None) -> None:
     scores, labels = torch.randn(5), torch.rand(5)
     scale, weights = torch.tensor(3.0), torch.rand(5)
     compiled_ops = torch.ops.sbert_kernels
-    cases: list[tuple[Any, tuple[Any, ...]]] = [
+    real: list[tuple[Any, tuple[Any, ...]]] = [
         (compiled_ops.pairwise.default, (x, [y], [True, False, True])),
         (compiled_ops.pairwise_backward.default, (x, [y], scores, None, scores, [True, False])),
         (compiled_ops.ranking.default, (scores, labels, None, None, 20.0, [True, True, False])),
+    ]
+    for operator, arguments in real:
+        torch.library.opcheck(operator, arguments, test_utils="test_schema")
+    seen: list[tuple[Any, tuple[Any, ...]]] = [
         (traced._pairwise, (x, [y], "cos,angle", None)),
         (traced._pairwise_gradients, (x, [y], "cos", [scores], None, [True, True])),
         (traced._ranking_loss, (scores, labels, 20.0, None, None, None, [True, False, False])),
         (traced._ranking_loss, (scores, labels, 1.0, scale, weights, "blockwise", [True, True, True])),
     ]
-    for operator, arguments in cases:
+    for operator, arguments in seen:
         torch.library.opcheck(operator, arguments)

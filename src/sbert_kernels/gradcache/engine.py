@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..logs import log_once
+from ..values import readable
 from .activations import ActivationBudget, budget_bytes
 from .options import Options
 from .outputs import Output, gradients_of_rows, put
@@ -154,15 +155,23 @@ class _Step:
             log_once(logger, "activation_budget: none are kept of an encoder that is sharded over ranks (FSDP).")
         of_column = [numbers[id(module)] for module in encoders]
         self._columns = len(columns)
-        self.pools = make_pools(
-            columns,
-            of_column,
-            limits,
-            packing=options.packing,
-            unique_rows=options.unique_rows,
-            pad=pad,
-        )
         tensors = [value for column in columns for value in _tensors(column)]
+        packing, unique_rows = options.packing, options.unique_rows
+        if not readable(*tensors):
+            # Which rows are long, or equal, is not known.
+            packing, unique_rows = "none", False
+        try:
+            self.pools = make_pools(
+                columns,
+                of_column,
+                limits,
+                packing=packing,
+                unique_rows=unique_rows,
+                pad=pad,
+            )
+        except MemoryError as error:
+            # In torch's words, for which a smaller batch is tried.
+            raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {error or 'for packing'}") from error
         self._devices = devices_of(modules.values(), tensors)
         self._surroundings = Surroundings(modules.values(), self._devices)
         self._budget = ActivationBudget(budget_bytes(options.activation_budget, self._devices), list(modules.values()))
@@ -232,8 +241,7 @@ class _Step:
                             outputs = self._first(part, record, part in may_be_kept)
                             progress.update(part.mini_batch.tokens)
                             if part.counts:
-                                mini_batch = part.mini_batch
-                                put(of_pools[part.pool], outputs, mini_batch.rows, mini_batch.pool.rows)
+                                put(of_pools[part.pool], outputs, part.mini_batch)
         except BaseException:
             if begin is not None:
                 begin.restore()
@@ -331,7 +339,7 @@ class _Step:
                 yield output, torch.zeros_like(output)
                 continue
             rows = rows if output.ndim < 2 else rows[:, : output.shape[1]]
-            rows = rows[torch.from_numpy(part.mini_batch.rows).to(rows.device)]
+            rows = rows[part.mini_batch.index(rows.device)]
             yield output, (rows * grad_output.to(rows.device)).to(output.dtype)
 
     @contextmanager

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import MiniBatch
+
 
 class Output:
     """One output of an encoder, for all the rows of a pool.
@@ -28,8 +30,8 @@ class Output:
         self._widths = np.zeros(rows, dtype=np.int64)
         self._fixed = first.ndim < 2 or (first.ndim == 2 and alone)
 
-    def put(self, output: Tensor, rows: np.ndarray) -> None:
-        """Store what a mini-batch of these rows gave.
+    def put(self, output: Tensor, mini_batch: MiniBatch) -> None:
+        """Store what a mini-batch gave.
 
         Raises:
             ValueError: it does not go with those before it.
@@ -38,11 +40,11 @@ class Output:
         fixed = 1 if self._fixed else 2
         if output.ndim != len(before) or output.shape[fixed:] != before[fixed:]:
             raise ValueError(
-                f"an encoder returned {list(output.shape)} for {len(rows)} rows, which does not go with "
+                f"an encoder returned {list(output.shape)} for {len(output)} rows, which does not go with "
                 f"{list(before[1:])} a row in another mini-batch: only the second of three or more dimensions may "
                 "differ."
             )
-        index = torch.from_numpy(rows).to(output.device)
+        index = mini_batch.index(output.device)
         if self._fixed:
             self._values[index] = output
             return
@@ -50,7 +52,7 @@ class Output:
         if width > before[1]:
             self._values = F.pad(self._values, [0, 0] * (output.ndim - 2) + [0, width - before[1]])
         self._values[:, :width][index] = output
-        self._widths[rows] = width
+        self._widths[mini_batch.rows] = width
 
     def of(self, index: np.ndarray | None) -> Tensor:
         """The rows of a column, in its order; no wider than the mini-batches that they were in.
@@ -64,24 +66,23 @@ class Output:
         return values[torch.from_numpy(index).to(values.device)]
 
 
-def put(outputs: list[Output], new: Sequence[Tensor], rows: np.ndarray, of_pool: int) -> None:
-    """Store the outputs of a mini-batch, which has these rows out of ``of_pool``.
+def put(outputs: list[Output], new: Sequence[Tensor], mini_batch: MiniBatch) -> None:
+    """Store the outputs of a mini-batch beside those of the other mini-batches of its pool.
 
     Raises:
         ValueError: they have not one entry a row, or do not go with those of the mini-batches before.
     """
+    rows = len(mini_batch.rows)
     for output in new:
-        if not output.ndim or len(output) != len(rows):
-            raise ValueError(
-                f"an encoder must return [{len(rows)}, dimension] for {len(rows)} rows, got {list(output.shape)}."
-            )
+        if not output.ndim or len(output) != rows:
+            raise ValueError(f"an encoder must return [{rows}, dimension] for {rows} rows, got {list(output.shape)}.")
     if not outputs:
-        outputs += [Output(output, of_pool, alone=len(new) == 1) for output in new]
+        outputs += [Output(output, mini_batch.pool.rows, alone=len(new) == 1) for output in new]
     if len(outputs) != len(new):
         raise ValueError(f"an encoder returned {len(outputs)} tensors for one mini-batch and {len(new)} for another.")
     with torch.no_grad():
         for output, values in zip(outputs, new, strict=True):
-            output.put(values.detach(), rows)
+            output.put(values.detach(), mini_batch)
 
 
 def gradients_of_rows(columns: Sequence[tuple[Tensor | None, np.ndarray | None]], rows: int) -> Tensor | None:

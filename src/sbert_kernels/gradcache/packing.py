@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import _create_minibatch, _get_batch_size, _minibatch_ranges
 from torch import Tensor
 
+from ..values import readable
 from . import entries
+from .cuts import pack
 
 PACKINGS = ("length", "none")
 
@@ -36,9 +38,6 @@ CALL_TOKENS_ELSEWHERE = 2048
 # The most tokens of a mini-batch that are of use: on a CPU the tensors of more are too large for the allocator to keep,
 # so that every operation is given fresh pages, which cost more than its arithmetic.
 MOST_TOKENS = {"cpu": 1024}
-
-# Levels of length that the search for the best cuts tells apart; its time grows as their square.
-MOST_LEVELS = 1024
 
 # Features whose rows are not those of the batch, or that change what counts as padding: stock knows how to cut them.
 UNPOOLED = frozenset(
@@ -93,6 +92,12 @@ class Sliced:
         self.rows = _get_batch_size(column)
         self.listed = listed
         self._beside_tokens = _beside_tokens(column, self.rows)
+        if not readable(*column.values()) and (limits.tokens is not None or not UNPOOLED.isdisjoint(column)):
+            read = "mini_batch_num_tokens" if limits.tokens is not None else f"{sorted(UNPOOLED.intersection(column))}"
+            raise ValueError(
+                f"column {position} cannot be cut into mini-batches without reading values ({read}), and it holds no "
+                "data (a dry run on meta or fake tensors): use mini_batch_size, and features that are padded, there."
+            )
         self._ranges = _minibatch_ranges(column, limits.rows, limits.tokens)
         self._per_row = _tokens_per_row(column)
         self.budget = max((end - begin for begin, end in self._ranges), default=0) * self._per_row
@@ -109,7 +114,14 @@ class Sliced:
         begin, end = int(rows[0]), int(rows[-1]) + 1
         if isinstance(self.features, Tensor):
             return self.features[begin:end].clone()
-        features = _create_minibatch(dict(self.features), begin, end)
+        if not readable(*self.features.values()):
+            # Stock looks for padding to leave out; a dry run is told the most that it may take.
+            features = {
+                key: value[begin:end] if _may_be_by_row(key, value) and len(value) == self.rows else value
+                for key, value in self.features.items()
+            }
+        else:
+            features = _create_minibatch(dict(self.features), begin, end)
         for key in self.listed:
             features[key] = entries.take(self.features[key], rows)
         for key in self._beside_tokens:
@@ -129,6 +141,12 @@ class MiniBatch:
     pool: Sliced | Pool
     rows: np.ndarray
     tokens: float
+
+    def index(self, device: torch.device) -> Tensor | slice:
+        """What picks these rows out of all rows of the pool, in a tensor on a device."""
+        if isinstance(self.pool, Sliced):
+            return slice(int(self.rows[0]), int(self.rows[-1]) + 1)
+        return torch.from_numpy(self.rows).to(device)
 
     def features(self) -> Features | Tensor:
         """A fresh copy of the rows' features, as wide as the longest of them."""
@@ -159,12 +177,7 @@ class Padded:
         self.by_row = {key for key, _ in self._tensors()} | listed
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        # prompt_length is one number in every form that it takes, also as a tensor of the batch's length.
-        return [
-            (key, value)
-            for key, value in self.features.items()
-            if isinstance(value, Tensor) and value.ndim > 0 and key != "prompt_length"
-        ]
+        return [(key, value) for key, value in self.features.items() if _may_be_by_row(key, value)]
 
     @staticmethod
     def fits(column: Column) -> bool:
@@ -362,45 +375,6 @@ def make_pools(
     return pools
 
 
-def pack(lengths: np.ndarray, budget: int, per_call: int) -> list[np.ndarray]:
-    """Cut rows into mini-batches of at most ``budget`` padded tokens each (or of one row), at the least cost.
-
-    The cost of a mini-batch is its padded tokens and ``per_call`` more. Rows are sorted by length and cut between two
-    lengths where the sum is least (a shortest path over the lengths that occur), and where the budget is full.
-
-    Args:
-        lengths: Tokens of each row, [n] int.
-
-    Returns:
-        Indices of the rows of each mini-batch, the longest first.
-    """
-    if not len(lengths):
-        return []
-    order = np.argsort(-lengths, kind="stable")
-    ordered = lengths[order]
-    step = max(1, -(-int(ordered[0]) // MOST_LEVELS))
-    level = -(-ordered // step)
-    starts = np.flatnonzero(np.diff(level, prepend=level[0] + 1))
-    bounds = np.append(starts, len(ordered))
-    widths = np.maximum(ordered[starts], 1)
-    fitting = np.maximum(budget // widths, 1)
-    cost = np.zeros(len(bounds))
-    cut_before = np.zeros(len(bounds), dtype=np.int64)
-    for end in range(1, len(bounds)):
-        rows = bounds[end] - bounds[:end]
-        through = cost[:end] + rows * widths[:end] + per_call * -(-rows // fitting[:end])
-        cut_before[end] = np.argmin(through)
-        cost[end] = through[cut_before[end]]
-    cuts = [len(bounds) - 1]
-    while cuts[-1]:
-        cuts.append(int(cut_before[cuts[-1]]))
-    mini_batches = []
-    for begin, end in zip(cuts[:0:-1], cuts[-2::-1], strict=True):
-        rows = order[bounds[begin] : bounds[end]]
-        mini_batches += np.array_split(rows, -(-len(rows) // fitting[begin]))
-    return mini_batches
-
-
 def _listed(column: Column, position: int) -> frozenset[str]:
     """:func:`entries.listed` of a column, if it can be cut into rows at all."""
     features = column if isinstance(column, Mapping) else {"": column}
@@ -483,6 +457,11 @@ def _on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     if len({tensor.device for tensor in tensors}) != 1:
         return [tensor.cpu().numpy() for tensor in tensors]
     return np.split(torch.cat(list(tensors)).cpu().numpy(), np.cumsum([len(tensor) for tensor in tensors])[:-1])
+
+
+def _may_be_by_row(key: str, value: Any) -> bool:
+    # prompt_length is one number in every form that it takes, also as a tensor of the batch's length.
+    return isinstance(value, Tensor) and value.ndim > 0 and key != "prompt_length"
 
 
 def _may_index_tokens(value: Tensor, width: int) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..values import without_autocast
+
 
 def backward_to_embeddings(loss: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
     """Back-propagate a loss up to its embeddings; return it detached from them.
@@ -22,7 +24,7 @@ def backward_to_embeddings(loss: Tensor, embeddings: Sequence[Tensor]) -> Tensor
     if not wanted and not own:
         loss.backward()  # torch says what is missing
     # The caller's autocast is for forward passes: here it would cast products that the loss has computed in fp32.
-    with torch.autocast(loss.device.type, enabled=False):
+    with without_autocast(loss.device):
         gradients = torch.autograd.grad(loss, [*wanted, *own], allow_unused=True)
     found = [(rep, gradient) for rep, gradient in zip(wanted, gradients, strict=False) if gradient is not None]
     if found:

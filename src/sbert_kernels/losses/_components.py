@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..values import readable
+
 # What a training loop of one's own does with a loss, done to the sum of its terms.
 OF_THE_SUM = frozenset(
     ("backward", "item", "detach", "tolist", "numpy", "cpu", "mean", "sum", "isnan", "isinf", "isfinite", "dim")
@@ -112,7 +114,9 @@ class _CommonFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         first = grad_output[0]
-        if not torch.allclose(grad_output, first.expand_as(grad_output), rtol=0.0, atol=0.0, equal_nan=True):
+        if readable(grad_output) and not torch.allclose(
+            grad_output, first.expand_as(grad_output), rtol=0.0, atol=0.0, equal_nan=True
+        ):
             raise RuntimeError(
                 "the terms of a WeightedLoss with mini_batch_size share one gradient cache, so one factor has to "
                 f"multiply them all, but their gradients are {grad_output.tolist()}. Sum all of them before the "

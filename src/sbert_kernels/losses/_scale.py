@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..values import readable
 from ._learned import note_use
 
 
@@ -24,8 +25,14 @@ def as_scale(scale: Any) -> Any:
 
 
 def plain_scale(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose scale or temperature, if it is a tensor, is written as the number that it is now."""
-    return {
-        key: value.item() if key in ("scale", "temperature") and isinstance(value, Tensor) else value
-        for key, value in config.items()
-    }
+    """A configuration whose scale or temperature, if it is a tensor, is written as the number that it is now.
+
+    None where the tensor holds no data.
+    """
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.item() if readable(value) else None
+
+    return {key: plain(value) if key in ("scale", "temperature") else value for key, value in config.items()}

@@ -18,7 +18,7 @@ from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import learnable, plain_scale
 from ._serving import serves
-from .gist_embed import changed_computation, guided_loss
+from .gist_embed import changed_computation, check_retokenizable, guided_loss
 
 
 class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
@@ -119,6 +119,7 @@ class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
         with torch.no_grad():
             features = mini_batch.features()
             if self.must_retokenize:
+                check_retokenizable(self, features["input_ids"])
                 features = batch_to_device(self.guide.preprocess(self._texts(features)), self.guide.device)
             return [*embeddings, self.guide(features)["sentence_embedding"]]
 

@@ -17,6 +17,7 @@ from ..logs import described
 from ..ops._checks import number
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
+from ..values import readable
 from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
@@ -73,12 +74,22 @@ class GISTEmbedLoss(DropIn, stock.GISTEmbedLoss):
     def _retokenized(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The features of the same texts for the guide's tokenizer."""
         input_ids = features["input_ids"]
+        check_retokenizable(self, input_ids)
         if "cu_seq_lens_q" in features:
             boundaries = features["cu_seq_lens_q"].tolist()
             flat = input_ids[0].tolist()
             input_ids = [flat[begin:end] for begin, end in pairwise(boundaries)]
         texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         return batch_to_device(self.guide.preprocess(texts), self.guide.device)
+
+
+def check_retokenizable(loss: Any, input_ids: Tensor) -> None:
+    """Raise ValueError where texts would have to be read out of token ids that hold no data."""
+    if not readable(input_ids):
+        raise ValueError(
+            f"{type(loss).__name__} tokenizes the texts once more for its guide, and these token ids hold no data (a "
+            "dry run on meta or fake tensors): use a guide with the model's tokenizer there."
+        )
 
 
 def guided_loss(

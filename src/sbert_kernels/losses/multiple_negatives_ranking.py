@@ -22,6 +22,7 @@ from .. import settings
 from ..backends.problem.contrastive import DUPLICATES
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
+from ..values import readable
 from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
@@ -77,7 +78,7 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
     ) -> None:
         super().__init__(
             model=model,
-            scale=scale,
+            scale=scale if readable(scale) else 1.0,  # stock compares it with 0
             similarity_fct=similarity_fct,
             gather_across_devices=gather_across_devices,
             directions=directions,
@@ -85,6 +86,7 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
             hardness_mode=hardness_mode,
             hardness_strength=hardness_strength,
         )
+        self.scale = scale
         self.duplicates = check_duplicates(duplicates)
 
     def forward(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..values import without_autocast
 
 
 def evaluate(operation: str, backend: str | None, problem: Any, *arguments: Any, function: str | None = None) -> Any:
@@ -22,5 +23,5 @@ def computed_by(
 ) -> Any:
     compute = getattr(backend.module(operation), function or operation)
     # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
-    with torch.autocast(problem.device.type, enabled=False), torch.no_grad():
+    with without_autocast(problem.device), torch.no_grad():
         return compute(problem, *arguments)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..values import readable
+
 # Sent along, so that ranks that disagree all find out, and none reads another's bits as what they are not.
 KINDS = (None, torch.int64, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,7 +57,7 @@ def check_batches(what: str, columns: Sequence[Tensor]) -> None:
     Raises:
         ValueError: they differ; on every rank.
     """
-    if not several_ranks() or torch.compiler.is_compiling():
+    if not several_ranks() or not readable(*columns):
         return
     first = columns[0]
     told = tell(what, first.device, len(columns), *first.shape, KINDS.index(first.dtype))
@@ -84,8 +86,11 @@ def gather_rows(
     # uint64 was moved to int64, where it is not to be compared with what was int64 before.
     label_kind = label_dtype if label_dtype == torch.uint64 else labels.dtype
     kind = [KINDS.index(dtype) for dtype in (scores.dtype, label_kind, None if weights is None else weights.dtype)]
-    told = tell("a ranking loss", scores.device, len(scores), *kind)
-    counts, kinds = [row[0] for row in told], [row[1:] for row in told]
+    if readable(scores, labels, weights):
+        told = tell("a ranking loss", scores.device, len(scores), *kind)
+        counts, kinds = [row[0] for row in told], [row[1:] for row in told]
+    else:
+        counts, kinds = [len(scores)] * dist.get_world_size(), [kind]  # without data nothing can be told
     if any(other != kind for other in kinds):
         described = [
             ", ".join(f"{name}: {KINDS[k]}" for name, k in zip(("scores", "labels", "weights"), other, strict=True))

@@ -1,7 +1,8 @@
-"""The operations as operators of a torch.compile graph.
+"""The operations as operators of a graph, and of dry runs on tensors without data (:mod:`sbert_kernels.values`).
 
 A compiler can't look into a backend's loops over reused buffers, and would freeze the settings that a backend is chosen
-by. So the graph holds an operator, and everything behind it happens at run time, as in an eager call.
+by. So the graph holds an operator, and everything behind it happens at run time, as in an eager call. Where there are
+no values at all, the shapes that each operator knows of its results are the results: no backend is asked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def distinct(inputs: Sequence[Tensor | float | None]) -> list[Tensor | float | N
 
 
 def contrastive(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> ContrastiveResult:
-    """The contrastive operation, while torch.compile traces the call."""
+    """The contrastive operation, where no value can be read."""
     values = {field.name: getattr(problem, field.name) for field in fields(problem)}
     scale = values.pop("scale")
     scale_is_tensor = isinstance(scale, Tensor)
@@ -146,7 +147,7 @@ def _shapes(queries, documents, all_queries, *options):
 
 
 def ranking(problem: RankingProblem, backend: str | None, needs: ranking_contract.Needs) -> RankingResult:
-    """The ranking operation, while torch.compile traces the call."""
+    """The ranking operation, where no value can be read."""
     scale_is_tensor = isinstance(problem.scale, Tensor)
     loss, *gradients = _ranking_loss(
         problem.scores,
@@ -189,7 +190,7 @@ def _ranking_shapes(scores, labels, scale, scale_tensor, weights, backend, needs
 
 
 def pairwise(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]:
-    """The scores of the pairwise operation, while torch.compile traces the call."""
+    """The scores of the pairwise operation, where no value can be read."""
     return tuple(_pairwise(problem.x, list(problem.columns), ",".join(problem.similarities), backend))
 
 
@@ -208,7 +209,7 @@ def _pairwise_shapes(x, columns, similarities, backend):
 def pairwise_gradients(
     problem: PairwiseProblem, backend: str | None, gradients: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> PairwiseGradients:
-    """The gradients of the pairwise operation, while torch.compile traces the call."""
+    """The gradients of the pairwise operation, where no value can be read."""
     given = [(name, g) for name, g in zip(problem.similarities, gradients, strict=True) if g is not None]
     names, tensors = zip(*given, strict=True)
     found = _pairwise_gradients(problem.x, list(problem.columns), ",".join(names), list(tensors), backend, list(needs))

@@ -28,6 +28,7 @@ from torch.autograd.function import FunctionCtx
 from ..backends.problem import contrastive as contract
 from ..backends.problem.contrastive import ContrastiveProblem, Needs
 from ..integers import as_integer
+from ..values import readable
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, handle_of, learnable, scaled
@@ -65,7 +66,7 @@ class _Contrastive(torch.autograd.Function):
 
 
 def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
-    if torch.compiler.is_compiling():
+    if not readable(*problem.tensors()):
         return _traced.contrastive(problem, backend, needs)
     return evaluate("contrastive", backend, problem, needs)
 
@@ -166,7 +167,7 @@ def contrastive_loss(
     inputs = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
     tensors = learnable("contrastive_loss", inputs)
     if tensors:
-        if torch.compiler.is_compiling():
+        if not readable(*problem.tensors()):
             inputs = _traced.distinct(inputs)
         return _Contrastive.apply(problem, backend, handle_of(tensors), *inputs)
     return _run(problem, backend, Needs()).loss
@@ -259,7 +260,7 @@ def _scale(scale: Any) -> Real | Tensor:
     scale = checks.scale_type(scale)
     # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
     # either; the operator in its graph does.
-    if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and readable(scale)):
         contract.check_scale(checks.number("scale", scale))
     return scale
 

@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..backends.problem import pairwise as contract
 from ..backends.problem.pairwise import PairwiseProblem
+from ..values import readable
 from . import _checks as checks
 from . import _traced
 from ._autograd import handle_of, learnable, once
@@ -45,7 +46,7 @@ class _Pairwise(torch.autograd.Function):
         if all(gradient is None for gradient in gradients):
             return None, None, *(None for _ in needs)
         problem = PairwiseProblem(x, tuple(columns), ctx.similarities)
-        if torch.compiler.is_compiling():
+        if not readable(x, *columns, *gradients):
             flow = _traced.pairwise_gradients(problem, ctx.backend, gradients, needs)
         else:
             flow = evaluate("pairwise", ctx.backend, problem, gradients, needs, function="pairwise_gradients")
@@ -54,7 +55,7 @@ class _Pairwise(torch.autograd.Function):
 
 
 def _scores(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]:
-    if torch.compiler.is_compiling():
+    if not readable(problem.x, *problem.columns):
         return _traced.pairwise(problem, backend)
     return evaluate("pairwise", backend, problem)
 
@@ -88,7 +89,7 @@ def pairwise_similarity(
     problem = _validated(x, y, similarities)
     vectors = (problem.x, *problem.columns)
     if learnable("pairwise_similarity", vectors):
-        if torch.compiler.is_compiling():
+        if not readable(*vectors):
             vectors = tuple(_traced.distinct(vectors))
         return _Pairwise.apply(problem.similarities, backend, *vectors)
     return _scores(problem, backend)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..backends.problem.ranking import Needs, RankingProblem, RankingResult, check_values, comparable
+from ..values import readable
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, handle_of, learnable, scaled
@@ -53,7 +54,7 @@ class _Ranking(torch.autograd.Function):
 
 
 def _run(problem: RankingProblem, backend: str | None, needs: Needs) -> RankingResult:
-    if torch.compiler.is_compiling():
+    if not readable(*problem.tensors()):
         return _traced.ranking(problem, backend, needs)
     check_values(problem)
     return evaluate("ranking", backend, problem, needs)
@@ -102,7 +103,7 @@ def ranking_loss(
     inputs = (problem.scores, problem.scale, problem.weights)
     tensors = learnable("ranking_loss", inputs)
     if tensors:
-        if torch.compiler.is_compiling():
+        if not readable(*problem.tensors()):
             inputs = _traced.distinct(inputs)
         return _Ranking.apply(problem, backend, handle_of(tensors), *inputs)
     return _run(problem, backend, Needs()).loss

@@ -14,15 +14,13 @@ elsewhere) in float32. Sums, softmax, own pairs and loss are float32 or better i
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import settings
+from ... import extension, settings
 from ..blockwise.contrastive import UNSHIFTED_LOGIT
 from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term
-from ._operators import obstacle
 
 # Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
 # costs little. Fewer rows would make the passes over the columns' gradients cost more.
@@ -45,7 +43,7 @@ def unsupported(problem: ContrastiveProblem | None) -> str | None:
         return "float64 is computed in torch ops"
     if problem is not None and problem.guided and problem.guide_queries.dtype == torch.float64:
         return "the guide is float64"
-    return obstacle(FAKES)
+    return extension.load()
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
@@ -138,24 +136,6 @@ def why_not(products: Products) -> str | None:
     )
 
 
-def _fake_contrastive(
-    queries: Tensor, documents: Tensor, all_queries: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    """Shapes of the operator's results, for torch.compile and other tracing."""
-    *_, needs = options
-    needs = Needs(*needs)
-    like = (queries, documents, queries if all_queries is None else all_queries)
-    gradients = [
-        x.new_empty(x.shape if need else (0,), dtype=torch.float32) for x, need in zip(like, needs[:3], strict=True)
-    ]
-    return (
-        queries.new_empty((), dtype=torch.float32),
-        *gradients,
-        queries.new_empty((int(needs.scale),), dtype=torch.float32),
-        queries.new_empty((queries.shape[0] if needs.weights else 0,), dtype=torch.float32),
-    )
-
-
 def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
@@ -204,7 +184,3 @@ def _own_negative_pairs(problem: ContrastiveProblem, term: Term) -> list[tuple[i
     if problem.hardness_mode == "all_negatives":
         return []
     return [(start, False, problem.hardness_mode == "hard_negatives") for start in term.own_negatives]
-
-
-# After the functions that it names.
-FAKES = {"contrastive": _fake_contrastive}

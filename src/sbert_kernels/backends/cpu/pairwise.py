@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import extension
 from ..problem.pairwise import SIMILARITIES, PairwiseGradients, PairwiseProblem
-from ._operators import obstacle
 
 
 def unsupported(problem: PairwiseProblem | None) -> str | None:
     """Why this backend cannot serve a problem (None: the most usual one) on the CPU, or None."""
-    return obstacle(FAKES)
+    return extension.load()
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:
@@ -51,24 +51,3 @@ def _operands(problem: PairwiseProblem) -> list[Tensor]:
 
 def _with_contiguous_rows(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(1) == 1 or vectors.shape[1] == 1 else vectors.contiguous()
-
-
-def _fake_pairwise(x: Tensor, columns: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.shape[0] * len(columns)
-    return tuple(x.new_empty((rows if want else 0,), dtype=dtype) for want in wanted)
-
-
-def _fake_pairwise_backward(
-    x: Tensor,
-    columns: Sequence[Tensor],
-    cos: Tensor | None,
-    dot: Tensor | None,
-    angle: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return [x.new_empty((x.shape[0] if need else 0, x.shape[1])) for need in needs]
-
-
-# After the functions that it names.
-FAKES = {"pairwise": _fake_pairwise, "pairwise_backward": _fake_pairwise_backward}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ... import extension
 from ..problem.ranking import Needs, RankingProblem, RankingResult
-from ._operators import obstacle
 
 
 def unsupported(problem: RankingProblem | None) -> str | None:
     """Why this backend cannot serve a problem (None: the most usual one) on the CPU, or None."""
-    return obstacle(FAKES)
+    return extension.load()
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
@@ -29,24 +27,3 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
         needs,
     )
     return RankingResult(loss, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)))
-
-
-def _fake_ranking(
-    scores: Tensor,
-    labels: Tensor,
-    scale_tensor: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    need_scores, need_scale, need_weights = needs
-    return (
-        scores.new_empty(()),
-        scores.new_empty(scores.shape if need_scores else (0,)),
-        scores.new_empty(() if need_scale else (0,)),
-        scores.new_empty(scores.shape if need_weights else (0,)),
-    )
-
-
-# After the functions that it names.
-FAKES = {"ranking": _fake_ranking}

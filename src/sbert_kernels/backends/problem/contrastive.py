@@ -76,6 +76,11 @@ class ContrastiveProblem:
     def device(self) -> torch.device:
         return self.queries.device
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        own = (self.queries, self.all_queries, self.scale, self.weights, self.query_ids, self.document_ids)
+        found = (*own, *self.documents, self.guide_queries, *self.guide_documents)
+        return tuple(value for value in found if isinstance(value, Tensor))
+
     @property
     def guided(self) -> bool:
         return self.guide_queries is not None

@@ -26,6 +26,10 @@ class RankingProblem:
     def device(self) -> torch.device:
         return self.scores.device
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        found = (self.scores, self.labels, self.scale, self.weights)
+        return tuple(value for value in found if isinstance(value, Tensor))
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of loss and gradients."""
