@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import settings
 from ..logs import log_once
 from ..ops.pairwise import pairwise_similarity
+from ..values import readable
 from ._serving import pairwise_similarity_of, unsupported_embeddings
 from .cosent import AnglELoss, CoSENTLoss, checked_labels, tuple_labels
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss
@@ -170,7 +171,7 @@ class AnglEObjective(WeightedLoss):
         if self._checked_threshold or threshold is None or threshold > 1 or not self._active("in_batch"):
             return
         # Not of tensors that have no values, as a compiler and a dry run hand them in.
-        if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_meta or not labels.numel():
+        if not readable(labels) or not labels.numel():
             return
         highest, anchors = float(labels.max()), int((labels >= threshold).sum())
         # On a device reading them waits for it, so only those of the first batch are.
