@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sbert_kernels import angle_loss, contrastive_loss, cosent_loss, pairwise_similarity, ranking_loss
 
@@ -114,3 +116,14 @@ def test_nothing_is_checked_that_has_no_value_and_shapes_still_are() -> None:
     assert contrastive_loss(x, x, scale=torch.empty((), device="meta")).is_meta
     with pytest.raises(ValueError, match="labels must have shape"):
         cosent_loss(x, x, torch.empty(N + 1, device="meta"))
+
+
+def test_a_dry_run_of_one_rank_takes_the_others_to_have_as_many_pairs() -> None:
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        with FakeTensorMode():
+            scores = torch.randn(N, requires_grad=True)
+            ranking_loss(scores, torch.rand(N), gather_across_devices=True).backward()
+    finally:
+        dist.destroy_process_group()
+    assert scores.grad.shape == (N,)
