@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..values import readable
+from ..values import dry
 
 # The term that holds what a wrapper adds to the loss, such as AdaptiveLayerLoss's divergence between layers.
 ADDED = "added_by_wrapper"
@@ -85,7 +85,7 @@ class _CommonFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         first = grad_output[0]
-        if readable(grad_output) and not torch.allclose(
+        if not dry(grad_output) and not torch.allclose(
             grad_output, first.expand_as(grad_output), rtol=0.0, atol=0.0, equal_nan=True
         ):
             raise RuntimeError(

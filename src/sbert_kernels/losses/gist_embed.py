@@ -13,7 +13,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from ..ops.contrastive import contrastive_loss
-from ..values import readable
+from ..values import dry
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
 from ._serving import serves
@@ -69,7 +69,7 @@ class GISTEmbedLoss(stock.GISTEmbedLoss):
 
 def check_retokenizable(loss: Any, input_ids: Tensor) -> None:
     """Raise ValueError where texts would have to be read out of token ids that hold no data."""
-    if not readable(input_ids):
+    if dry(input_ids):
         raise ValueError(
             f"{type(loss).__name__} tokenizes the texts once more for its guide, and these token ids hold no data (a "
             "dry run on meta or fake tensors): use a guide with the model's tokenizer there."

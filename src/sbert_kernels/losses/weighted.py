@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
-from ..values import readable
+from ..values import dry
 from ._cached import GradientCached
 from ._components import ADDED, Components
 from ._scale import as_scale, learnable
@@ -202,7 +202,7 @@ def _stored(weight: float | Tensor) -> float | nn.Parameter:
 def _plain(value: Any) -> Any:
     """What a model card can write as JSON."""
     if isinstance(value, Tensor):
-        if not readable(value):
+        if dry(value):
             return None
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, Mapping):
@@ -228,7 +228,7 @@ def _check_weight(name: str, weight: Any) -> None:
                 f"the weight of losses[{name!r}] is a tensor that requires a gradient but no nn.Parameter, so that no "
                 "optimizer would find it: give nn.Parameter(weight)."
             )
-        if not readable(weight):
+        if dry(weight):
             return
         weight = weight.item()
     if not isinstance(weight, Real):
