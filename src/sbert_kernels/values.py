@@ -28,6 +28,19 @@ def readable(*values: Any) -> bool:
     )
 
 
+def dry(*values: Any) -> bool:
+    """Whether this is a dry run: values are not :func:`readable`, and torch.compile is not the reason.
+
+    That runs eagerly, with values, what it cannot trace: a decision made for want of them would be wrong there.
+    """
+    return not torch.compiler.is_compiling() and not readable(*values)
+
+
+def recorded() -> bool:
+    """Whether make_fx makes a graph now, which other data will go through."""
+    return torch._C._get_dispatch_mode(_MODES.PROXY) is not None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off for a block, where the type of device has any; "meta" has none."""
     if not torch.amp.is_autocast_available(device.type):

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sbert_kernels import angle_loss, contrastive_loss, cosent_loss, pairwise_similarity, ranking_loss
+from sbert_kernels.values import dry, readable
 
 N, DIM = 6, 8
 
@@ -127,3 +128,13 @@ def test_a_dry_run_of_one_rank_takes_the_others_to_have_as_many_pairs() -> None:
     finally:
         dist.destroy_process_group()
     assert scores.grad.shape == (N,)
+
+
+def test_what_torch_compile_cannot_trace_is_no_dry_run() -> None:
+    """It is run eagerly, with values: nobody may decide for it that there are none."""
+
+    def asked(x: Tensor) -> Tensor:
+        return x + float(dry(x)) + 2 * float(readable(x))
+
+    assert torch.compile(asked, backend="eager", fullgraph=True)(torch.zeros(())).item() == 0
+    assert asked(torch.zeros(())).item() == 2

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..logs import log_once
-from ..values import readable
+from ..values import dry
 from .activations import ActivationBudget, budget_bytes
 from .options import Options
 from .outputs import Output, gradients_of_rows, put
@@ -157,7 +157,7 @@ class _Step:
         self._columns = len(columns)
         tensors = [value for column in columns for value in _tensors(column)]
         packing, unique_rows = options.packing, options.unique_rows
-        if not readable(*tensors):
+        if dry(*tensors):
             # Which rows are long, or equal, is not known.
             packing, unique_rows = "none", False
         try:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import _create_minibatch, _get_batch_size, _minibatch_ranges
 from torch import Tensor
 
-from ..values import readable
+from ..values import dry
 from . import entries
 from .cuts import pack
 
@@ -92,7 +92,7 @@ class Sliced:
         self.rows = _get_batch_size(column)
         self.listed = listed
         self._beside_tokens = _beside_tokens(column, self.rows)
-        if not readable(*column.values()) and (limits.tokens is not None or not UNPOOLED.isdisjoint(column)):
+        if dry(*column.values()) and (limits.tokens is not None or not UNPOOLED.isdisjoint(column)):
             read = "mini_batch_num_tokens" if limits.tokens is not None else f"{sorted(UNPOOLED.intersection(column))}"
             raise ValueError(
                 f"column {position} cannot be cut into mini-batches without reading values ({read}), and it holds no "
@@ -114,7 +114,7 @@ class Sliced:
         begin, end = int(rows[0]), int(rows[-1]) + 1
         if isinstance(self.features, Tensor):
             return self.features[begin:end].clone()
-        if not readable(*self.features.values()):
+        if dry(*self.features.values()):
             # Stock looks for padding to leave out; a dry run is told the most that it may take.
             features = {
                 key: value[begin:end] if _may_be_by_row(key, value) and len(value) == self.rows else value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..values import readable
+from ..values import dry
 
 # What a training loop of one's own does with a loss, done to the sum of its terms.
 OF_THE_SUM = frozenset(
@@ -114,7 +114,7 @@ class _CommonFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         first = grad_output[0]
-        if readable(grad_output) and not torch.allclose(
+        if not dry(grad_output) and not torch.allclose(
             grad_output, first.expand_as(grad_output), rtol=0.0, atol=0.0, equal_nan=True
         ):
             raise RuntimeError(

@@ -11,7 +11,7 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 
 from ..logs import described
-from ..values import readable
+from ..values import dry
 from ._components import ADDED
 from ._from_embeddings import encoders_of, parameters_of, takes_labels
 from ._scale import learnable
@@ -36,7 +36,7 @@ def check_weight(name: str, weight: Any) -> None:
                 f"the weight of losses[{name!r}] is a tensor that requires a gradient but no nn.Parameter, so that no "
                 "optimizer would find it: give nn.Parameter(weight)."
             )
-        if not readable(weight):
+        if dry(weight):
             return
         weight = weight.item()
     if not isinstance(weight, Real):

@@ -17,7 +17,7 @@ from ..logs import described
 from ..ops._checks import number
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
-from ..values import readable
+from ..values import dry
 from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._scale import as_scale, plain_scale
@@ -85,7 +85,7 @@ class GISTEmbedLoss(DropIn, stock.GISTEmbedLoss):
 
 def check_retokenizable(loss: Any, input_ids: Tensor) -> None:
     """Raise ValueError where texts would have to be read out of token ids that hold no data."""
-    if not readable(input_ids):
+    if dry(input_ids):
         raise ValueError(
             f"{type(loss).__name__} tokenizes the texts once more for its guide, and these token ids hold no data (a "
             "dry run on meta or fake tensors): use a guide with the model's tokenizer there."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..gradcache.options import Options
 from ..gradcache.stage import backward_to_embeddings
 from ..logs import described
-from ..values import readable
+from ..values import dry
 from ._cached import GradientCached, check_splits
 from ._components import ADDED, Components
 from ._drop_in import keep_ours
@@ -226,7 +226,7 @@ def _stored(weight: float | Tensor) -> float | nn.Parameter:
 def _plain(value: Any) -> Any:
     """What a model card can write as JSON."""
     if isinstance(value, Tensor):
-        if not readable(value):
+        if dry(value):
             return None
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, Mapping):

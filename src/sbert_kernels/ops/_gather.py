@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..values import readable
+from ..values import dry, readable, recorded
 
 # Sent along, so that ranks that disagree all find out, and none reads another's bits as what they are not.
 KINDS = (None, torch.int64, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,7 +86,7 @@ def gather_rows(
     # uint64 was moved to int64, where it is not to be compared with what was int64 before.
     label_kind = label_dtype if label_dtype == torch.uint64 else labels.dtype
     kind = [KINDS.index(dtype) for dtype in (scores.dtype, label_kind, None if weights is None else weights.dtype)]
-    if readable(scores, labels, weights):
+    if recorded() or not dry(scores, labels, weights):
         told = tell("a ranking loss", scores.device, len(scores), *kind)
         counts, kinds = [row[0] for row in told], [row[1:] for row in told]
     else:
