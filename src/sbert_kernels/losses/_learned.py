@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .. import settings
 from ..ops._gather import several_ranks
 
 
@@ -99,7 +100,7 @@ _stepping: Optimizer | None = None
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Averages what the losses of ours learn, where this optimizer is about to change it."""
     global _stepping
-    if not several_ranks() or _stepping not in (None, optimizer):
+    if not several_ranks() or settings.get("disable") or _stepping not in (None, optimizer):
         return
     _stepping = optimizer
     ours = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
