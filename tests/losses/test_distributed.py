@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sbert_kernels import losses
 
 WORLD, ROWS = 2, 5
+STEPS = ("closure", "after an exception", "inside FSDP")
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
@@ -66,14 +67,14 @@ def matryoshka(module: Any, inner: nn.Module) -> nn.Module:
 
 
 class Total(nn.Module):
-    """The sum of the terms of a loss, as the Trainer takes it."""
+    """The sum of the terms of a loss, as the Trainer takes it; or something else that is made of its value."""
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, made: Callable[[Any], Tensor] = lambda terms: sum(terms.values())) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.made = loss, made
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
-        return sum(self.loss(features, labels).values())
+        return self.made(self.loss(features, labels))
 
 
 def objective(gather: bool) -> nn.Module:
@@ -115,6 +116,41 @@ def sharded_optimizer(mine: list[dict[str, Tensor]]) -> list[Tensor]:
         run(loss, mine)
     ZeroRedundancyOptimizer(scales, torch.optim.SGD, lr=0.0).step()
     return [scale.grad for scale in scales]
+
+
+def after_a_step(rank: int, mine: list[dict[str, Tensor]], case: str) -> Tensor:
+    """A scale after a step of SGD that is taken in another way than by backward() and step()."""
+    scale = nn.Parameter(torch.tensor([9.0], dtype=torch.float64))
+    loss = plain(losses, False, scale=scale)
+    optimizer = torch.optim.SGD([scale], lr=1.0)
+    if case == "closure":  # as Lightning does
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            run(loss, mine)
+            return torch.zeros(())
+
+        optimizer.step(closure)
+    elif case == "after an exception":  # a step that ran out of memory, and the next try
+        broken = torch.optim.SGD([scale], lr=1.0)
+        run(loss, mine)
+        broken.param_groups[0]["lr"] = "none"
+        with pytest.raises(Exception, match=r".+"):
+            broken.step()
+        scale.grad = None
+        run(loss, mine)
+        optimizer.step()
+    else:  # FSDP has the loss inside, and averages itself
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        wrapper = Total(loss, lambda value: value)
+        fully_shard(wrapper, mesh=init_device_mesh("cpu", (WORLD,)))
+        columns = [{**column, "embedding": column["embedding"].clone().requires_grad_()} for column in mine]
+        wrapper(columns, None).backward()
+        torch.optim.SGD(wrapper.parameters(), lr=1.0).step()
+        return loss.scale.full_tensor().detach()
+    return scale.detach()
 
 
 def refusals(rank: int, mine: list[dict[str, Tensor]]) -> list[str]:
@@ -171,6 +207,8 @@ def worker(rank: int, world: int, folder: str) -> None:
     results["scale cached"] = [scale.grad]
     results["several losses"] = several_losses(rank, mine)
     results["sharded optimizer"] = sharded_optimizer(mine)
+    for case in STEPS:
+        results[case] = [after_a_step(rank, mine, case)]
     results["refused"] = refusals(rank, mine)
     collectives = {}
     for size in (1, 5):
@@ -242,6 +280,13 @@ def test_an_optimizer_that_is_sharded_over_ranks_averages_once(ranks: Any) -> No
     first, second = (results["sharded optimizer"] for results, _ in ranks)
     mean = ranks[0][0]["scale alone"][0].reshape(1)
     torch.testing.assert_close([first, second], [[mean, mean], [mean, mean]])
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_of_any_kind_takes_the_mean_over_the_ranks(ranks: Any, case: str) -> None:
+    mean = ranks[0][0]["scale alone"][0].reshape(1)
+    for results, _ in ranks:
+        torch.testing.assert_close(results[case][0], 9.0 - mean, rtol=1e-6, atol=0.0)
 
 
 def test_every_rank_learns_that_the_ranks_run_different_losses(ranks: Any) -> None:

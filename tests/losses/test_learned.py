@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -230,6 +231,48 @@ def test_what_a_value_needs_to_be_learned_is_said(tmp_path: Path, caplog: pytest
     ).train()
     (message,) = (record.getMessage() for record in caplog.records)
     assert "scale of the loss requires a gradient, but the optimizer does not hold it" in message
+
+
+def test_what_only_advises_never_stops_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An optimizer without a rate of its own; a rate as good as the advice; an earlier training of the same model."""
+    model = static_model()
+    evaluated = train(one(model), model, tmp_path, steps=1, save_strategy="no", eval_dataset=pairs(8))
+    evaluated.evaluate()
+    caplog.clear()
+    options = {"learning_rate_mapping": {"scale$": 0.05}, "multi_dataset_batch_sampler": "round_robin"}
+    train(by_data_set(model), model, tmp_path, steps=1, data=DatasetDict(a=pairs(), b=scored()), **options)
+    assert "hardly changes" not in caplog.text
+
+    class OfItsOwnRate(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=0.1)
+            for group in self.param_groups:
+                group.setdefault("initial_lr", None)
+
+    loss = one(model)
+    optimizer = OfItsOwnRate(loss.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(loss.parameters(), lr=0.1), lambda step: 1.0)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=pairs(), loss=loss, optimizers=(optimizer, schedule)
+    ).train()
+    assert loss.scale.item() != 20.0
+
+
+def test_a_copy_of_a_trainer_keeps_its_own_values(tmp_path: Path) -> None:
+    class Untrained(SentenceTransformerTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            self.kept = copy.deepcopy(self)
+
+    model = static_model()
+    trainer = train(one(model), model, tmp_path, save_strategy="no", trainer_class=Untrained)
+    SentenceTransformerTrainer.train(trainer.kept)
+    values = [line["scale"] for line in log_of(trainer.kept)]
+    assert values[-1] == pytest.approx(trainer.kept.loss.scale.item(), rel=1e-5)
+    assert values[0] != values[-1]
+    assert trainer.loss.scale.item() == 20.0
 
 
 def test_a_loss_that_is_built_by_the_trainer_is_followed_too(tmp_path: Path) -> None:

@@ -170,3 +170,18 @@ def test_matryoshka_weights_that_are_tensors_are_read_at_each_step(
         expected = make(stock, "MatryoshkaLoss", "matryoshka_weights", value, False)
         close(trained(loss, None, None), trained(expected, None, None))
     assert not [record for record in caplog.records if "prefix" in record.message]
+
+
+@pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "CoSENTLoss"])
+def test_a_scale_that_is_no_number_is_refused_when_the_loss_is_built(embedded: Any, name: str) -> None:
+    make = getattr(losses, name)
+    with pytest.raises(TypeError, match="scale must be a number, got '20'"):
+        make(embedded(), scale="20")
+    with pytest.raises(ValueError, match=r"scale must be one number, got a tensor of shape \[2\]"):
+        make(embedded(), scale=torch.tensor([20.0, 1.0]))
+
+
+def test_a_similarity_by_its_name_is_refused(embedded: Any) -> None:
+    loss = losses.MultipleNegativesRankingLoss(embedded(), similarity_fct="cos")
+    with pytest.raises(TypeError, match=r"similarity_fct must be a function, such as .*cos_sim, got 'cos'"):
+        loss([{"embedding": torch.randn(2, 4)}] * 2)

@@ -222,6 +222,38 @@ def test_a_teacher_s_embeddings_are_cut_with_those_of_the_model(
         close(gradients(loss, loss(columns_of(2), TEACHER)), expected, replayed=bool(cache))
 
 
+class ReadsTheModel(nn.Module):
+    """A loss of the user's own that looks at the parameters, the modules and the mode of its model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: list[dict[str, Tensor]], labels: Any) -> Tensor:
+        total = sum(parameter.pow(2).sum() for parameter in self.model.parameters())
+        first = self.model(features[0])["sentence_embedding"].sum()
+        assert isinstance(self.model, type(self.model[0]).__mro__[-1])
+        return total * len(self.model) * (2.0 if self.model.training else 1.0) + first
+
+
+def test_a_loss_of_ones_own_sees_its_model_as_it_is(bert: Any, texts: Any) -> None:
+    model = bert().eval()
+    loss = ReadsTheModel(model)
+    alone = loss(texts(model), None)
+    mixed = WeightedLoss(model, {"own": (loss, 1.0)})(texts(model), None)
+    assert mixed["own"].item() == pytest.approx(alone.item(), rel=1e-12)
+    assert loss.model is model
+
+
+def test_an_error_of_a_part_names_it(bert: Any, texts: Any) -> None:
+    model = bert()
+    loss = WeightedLoss(model, {"triplets": (stock.TripletLoss(model), 1.0)})
+    with pytest.raises(ValueError, match="not enough values") as raised:
+        loss(texts(model), None)
+    if hasattr(raised.value, "__notes__"):
+        assert raised.value.__notes__ == ["Raised by losses['triplets'], a TripletLoss."]
+
+
 def test_errors_do_not_print_the_model(model: Any) -> None:
     loss = stock.CoSENTLoss(model)
     for entries, named in (

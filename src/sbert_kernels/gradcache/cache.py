@@ -73,16 +73,17 @@ class GradCache:
         show_progress_bar: bool = False,
         encode: Callable[[nn.Module, Any], Outputs] | None = None,
     ) -> None:
-        modules = [encoders] if isinstance(encoders, nn.Module) else list(encoders)
+        several = isinstance(encoders, Iterable) and not isinstance(encoders, nn.Module)
+        modules = list(encoders) if several else [encoders]
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             got = described(encoders)
             raise TypeError(f"encoders must be an nn.Module or a sequence of them, one a column, got {got}.")
         self.encoders = encoders if isinstance(encoders, nn.Module) else modules
         self.loss_fn = loss_fn
         self.encode = encode or call
-        several = None if isinstance(encoders, nn.Module) else len(modules)
-        sizes = _one_each("mini_batch_size", mini_batch_size, several)
-        tokens = _one_each("mini_batch_num_tokens", mini_batch_num_tokens, several)
+        count = len(modules) if several else None
+        sizes = _one_each("mini_batch_size", mini_batch_size, count)
+        tokens = _one_each("mini_batch_num_tokens", mini_batch_num_tokens, count)
         # One for each encoder; they differ in their limits alone.
         self.options = [
             Options(size, most, packing, unique_rows, activation_budget, show_progress_bar)

@@ -24,7 +24,7 @@ class Components(dict[str, Tensor]):
     """0-d tensors by name whose sum is the loss, as the Trainer takes and logs them.
 
     Where a script of one's own treats a loss as a tensor (``loss.backward()``, ``loss.item()``, ``float(loss)``, ...),
-    that is done to their sum.
+    that is done to their sum. A gradient scaler takes tensors only: ``scaler.scale(loss.total())``.
 
     Times or divided by a number, plus others: what MatryoshkaLoss and AdaptiveLayerLoss do with a loss is done to its
     terms, so that their sum is always the same as if it had been done to the sum. Any other arithmetic is a TypeError.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from typing import Any
 
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
@@ -51,7 +52,7 @@ def loss_from_embeddings(loss: nn.Module, model: nn.Module, embeddings: list[Ten
     name = type(loss).__name__
     (encoder,) = encoders_of(loss, model)
     kept = loss._modules[encoder]
-    loss._modules[encoder] = _Encoder(kept, name)
+    loss._modules[encoder] = _standing_in(kept, name)
     try:
         # Columns that are merged are put together from their features.
         with column_merging_disabled():
@@ -86,19 +87,16 @@ class _Column(dict[str, Tensor]):
         return self[key]
 
 
-class _Encoder(nn.Module):
-    """Hands out the embeddings of columns that have them; in everything else it is the model that it stands for."""
+def _standing_in(model: nn.Module, loss: str) -> nn.Module:
+    """A module that hands out the embeddings of columns that have them, and in everything else is the model."""
 
-    def __init__(self, model: nn.Module, loss: str) -> None:
-        super().__init__()
-        # Not as a submodule, which would be found and moved under a second name.
-        self.__dict__["stood_for"] = model
-        self.loss = loss
-
-    def forward(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(features: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if not isinstance(features, _Column):
-            raise ValueError(f"{self.loss} encodes texts of its own making, but a WeightedLoss has embeddings only.")
+            raise ValueError(f"{loss} encodes texts of its own making, but a WeightedLoss has embeddings only.")
         return dict(features)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["stood_for"], name)
+    module = model.__new__(type(model))
+    # Its hooks and its compiled form belong to the encoder, which does not run.
+    own = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    vars(module).update(vars(model) | own | {"_compiled_call_impl": None})
+    return module

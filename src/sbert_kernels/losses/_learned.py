@@ -8,6 +8,7 @@ value, with zeros for a loss that it did not run, as data-parallel training coun
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import settings
 from ..ops._gather import several_ranks
@@ -66,25 +67,32 @@ def learned_values(loss: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def average_over_ranks(values: Sequence[Tensor]) -> None:
-    """Replaces the gradient of each value by its mean over all ranks; every rank must give the same values.
+def average_over_ranks(values: Sequence[Tensor], ours: Sequence[bool]) -> None:
+    """Replaces the gradients of values of one element by their means over all ranks, where any rank says it is ours.
 
     A rank without a gradient counts as 0. A value that no rank has a gradient of keeps none, so that an optimizer
     leaves it alone.
+
+    Args:
+        values: The same number of them on every rank, in the same order.
+        ours: Whether a loss of ours that this rank knows of learns the value.
     """
     device = values[0].device
     if device.type == "cpu" and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     missing = torch.zeros((), dtype=torch.float64, device=device)
-    gradients = [missing if v.grad is None else v.grad.detach().reshape(()).to(missing) for v in values]
-    known = torch.tensor([v.grad is not None for v in values], dtype=torch.float64, device=device)
-    packed = torch.stack([torch.stack(gradients), known])  # (2, values)
+    own = torch.stack([missing if v.grad is None else v.grad.detach().reshape(()).to(missing) for v in values])
+    flags = [[v.grad is not None for v in values], list(ours)]
+    packed = torch.cat([own[None], torch.tensor(flags, dtype=torch.float64, device=device)])  # (3, values)
     dist.all_reduce(packed)
-    # Read only where it is not known here: on a GPU, reading waits.
-    somewhere = [True] * len(values) if all(v.grad is not None for v in values) else (packed[1] > 0).tolist()
-    means = packed[0] / dist.get_world_size()
-    for value, mean, exists in zip(values, means, somewhere, strict=True):
-        if exists:
+    means = torch.where(packed[2] > 0, packed[0] / dist.get_world_size(), own)
+    wanted = [True] * len(values)
+    if any(v.grad is None for v in values):  # on a GPU, reading waits
+        wanted = (packed[1:] > 0).all(dim=0).tolist()
+    for value, mean, exists in zip(values, means, wanted, strict=True):
+        if value.grad is not None:
+            value.grad.copy_(mean)
+        elif exists:
             value.grad = mean.to(value).reshape(value.shape)
 
 
@@ -92,30 +100,40 @@ def _is_learned(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and value.numel() == 1
 
 
-# The optimizer whose step runs now. Within it, others may step a share of the values that each rank alone holds.
-_stepping: Optimizer | None = None
+def _is_sharded(value: Tensor) -> bool:
+    """Whether FSDP holds this value: its gradient is a mean over the ranks already."""
+    return getattr(value, "_fsdp_flattened", False) or hasattr(value, "device_mesh")
+
+
+# Optimizers that another one steps, for a share of its values that may be this rank's alone: that one averages.
+_inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 @torch.compiler.disable
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Averages what the losses of ours learn, where this optimizer is about to change it."""
-    global _stepping
-    if not several_ranks() or settings.get("disable") or _stepping not in (None, optimizer):
-        return
-    _stepping = optimizer
-    ours = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
+    if not several_ranks() or settings.get("disable") or optimizer in _inner:
+        return None
+    _inner.update(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
     # In the optimizer's order, which is the same on every rank.
-    learned = [value for group in optimizer.param_groups for value in group["params"] if id(value) in ours]
-    if learned:
-        average_over_ranks(learned)
+    held = [value for group in optimizer.param_groups for value in group["params"]]
+    held = [value for value in held if _is_learned(value) and not _is_sharded(value)]
+    known = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
+    ours = [id(value) in known for value in held]
+    if not any(ours):
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        average_over_ranks(held, ours)
+        return None
 
+    @functools.wraps(closure)
+    def averaged() -> Any:
+        result = closure()
+        average_over_ranks(held, ours)
+        return result
 
-@torch.compiler.disable
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    global _stepping
-    if _stepping is optimizer:
-        _stepping = None
+    return (optimizer,), kwargs | {"closure": averaged}
 
 
 register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)

@@ -7,12 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._checks import number
 from ..values import readable
 from ._learned import note_use
 
 
 def learnable(scale: Any) -> bool:
     return isinstance(scale, Tensor) and scale.requires_grad
+
+
+def check_scale(scale: Any) -> Any:
+    """Returns a scale, after a check that it is one number, or a tensor of one.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    if not isinstance(scale, Tensor):
+        number("scale", scale)
+    elif scale.numel() != 1:
+        raise ValueError(f"scale must be one number, got a tensor of shape {list(scale.shape)}.")
+    return scale
 
 
 def as_scale(scale: Any) -> Any:

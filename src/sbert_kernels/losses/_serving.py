@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer, util
 from torch import Tensor, nn
 
 from .. import settings
-from ..logs import log_once
+from ..logs import described, log_once
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,11 @@ def similarity_of(similarity_fct: Any) -> str | None:
         # `model.similarity` dispatches on the model's similarity_fn_name, which is filled in when it is read.
         model = similarity_fct.__self__
         similarity_fct = util.SimilarityFunction.to_similarity_fn(model.similarity_fn_name)
+    if not callable(similarity_fct):
+        raise TypeError(
+            "similarity_fct must be a function, such as sentence_transformers.util.cos_sim, got "
+            f"{described(similarity_fct)}."
+        )
     if similarity_fct in (util.cos_sim, util.pytorch_cos_sim):
         return "cos"
     return "dot" if similarity_fct is util.dot_score else None

@@ -37,8 +37,13 @@ class LearnedValues(TrainerCallback, ExportableState):
     def __init__(self, trainer: BaseTrainer | None = None) -> None:
         # Weak, or the two would keep each other alive. None: made anew by a Trainer that restores its callbacks.
         self._trainer = weakref.ref(trainer) if trainer is not None else lambda: None
+        if trainer is not None:
+            _trainers.add(trainer)
         self.values: dict[str, Any] = {}  # as read from a checkpoint, if this was made from one
         self._in_training: dict[str, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedValues:
+        return LearnedValues(memo.get(id(self._trainer())))  # the copy of the Trainer that is copied with this
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: every value as a number, which JSON writes and reads without rounding."""
@@ -93,6 +98,10 @@ class LearnedValues(TrainerCallback, ExportableState):
             found = next((trainer for trainer in _trainers if trainer.state is state), None)
             if found is not None:
                 self._trainer = weakref.ref(found)
+        if (trainer := self._trainer()) is not None:
+            # Before the callbacks that report the log, behind the one that decides what a step ends with.
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.insert(1, callbacks.pop(callbacks.index(self)))
 
     def _learned(self) -> dict[str, Tensor]:
         """The values by name, in a dictionary of losses behind the name of the data set."""
@@ -114,7 +123,8 @@ class LearnedValues(TrainerCallback, ExportableState):
             (trainer.train_dataset, data.train_datasets),
             (trainer.eval_dataset, data.eval_datasets),
         ):
-            names = list(datasets) if isinstance(datasets, dict) else [None] * len(described)
+            # What describes data sets of an earlier training of the same model is left as it is.
+            names = list(datasets) if isinstance(datasets, dict) else [None] * (datasets is not None)
             for name, about in zip(names, described, strict=False):
                 loss = trainer.loss[name] if isinstance(trainer.loss, dict) else trainer.loss
                 shown = about.get("loss", {})
@@ -133,11 +143,7 @@ def follow_trainers() -> None:
     def prepare_loss(self: BaseTrainer, loss: Any, model: Any) -> nn.Module:
         prepared = prepare(self, loss, model)
         if self not in _trainers and any(isinstance(module, LearnsValues) for module in prepared.modules()):
-            _trainers.add(self)
             self.add_callback(LearnedValues(self))
-            # Before the callbacks that report the log, behind the one that decides what a step ends with.
-            callbacks = self.callback_handler.callbacks
-            callbacks.insert(1, callbacks.pop())
         return prepared
 
     BaseTrainer.prepare_loss = prepare_loss
@@ -176,6 +182,13 @@ def _check_optimizer(name: str, value: Tensor, optimizer: Any, steps: int) -> No
     """Says what a user has to set so that a value is learned at all."""
     groups = getattr(optimizer, "param_groups", [])
     group = next((group for group in groups if any(value is parameter for parameter in group["params"])), None)
+    if group is None and not isinstance(value, nn.Parameter):
+        log_once(
+            logger,
+            f"{name} of the loss is a tensor that requires a gradient but no nn.Parameter, so that no optimizer finds "
+            f"it and it is not learned: give nn.Parameter({name.rpartition('.')[2]}).",
+        )
+        return
     if group is None:
         log_once(
             logger,
@@ -183,20 +196,23 @@ def _check_optimizer(name: str, value: Tensor, optimizer: Any, steps: int) -> No
             "optimizer of your own must be built from loss.parameters(), not from model.parameters().",
         )
         return
-    rate, decay, now = group.get("initial_lr", group["lr"]), group.get("weight_decay", 0), value.item()
+    # Some optimizers find a rate of their own.
+    rate, decay, now = group.get("initial_lr", group.get("lr")), group.get("weight_decay"), value.item()
     last = name.rpartition(".")[2]
-    if rate * steps < STANDS_STILL * abs(now):
+    better = abs(now) / 400
+    if rate is not None and rate < better and rate * steps < STANDS_STILL * abs(now):
         log_once(
             logger,
             f"{name} = {now:g} is learned at a rate of {rate:g}. Adam moves it by no more than that in each of {steps} "
-            f"steps, so it hardly changes: learning_rate_mapping={{{last + '$'!r}: {abs(now) / 400:.2g}}} of the "
-            "training arguments, say, gives it a rate of its own.",
+            f"steps, so it hardly changes: learning_rate_mapping={{{last + '$'!r}: {better:.2g}}} of the training "
+            "arguments, say, gives it a rate of its own.",
         )
     if decay:
         log_once(
             logger,
-            f"{name} = {now:g} is learned under weight_decay={decay:g}, which pulls it towards 0: put it into a group "
-            "with weight_decay=0 of an optimizer of your own, if that is not what you want.",
+            f"{name} = {now:g} is learned under weight_decay={decay:g}, which pulls it towards 0. If that is not what "
+            "you want, leave weight_decay out of the training arguments, or give the Trainer an optimizer of your own "
+            "(optimizers=) with weight_decay=0 for it.",
         )
 
 
@@ -251,5 +267,8 @@ def _with_numbers_of(loss: nn.Module, code: str) -> str:
     now = loss.get_config_dict()
     fresh = {key: now[key] if isinstance(now.get(key), (int, float, dict)) else value for key, value in shown.items()}
     indent = code[: len(code) - len(code.lstrip())]
-    text = json.dumps(fresh, indent=4).replace("\n", "\n" + indent)
+    try:
+        text = json.dumps(fresh, indent=4).replace("\n", "\n" + indent)
+    except TypeError:
+        return code
     return code[: found.start()] + text + code[found.end() :]

@@ -15,7 +15,7 @@ from ..logs import described, log_once
 from ..ops.pairwise import pairwise_similarity
 from ..ops.ranking import ranking_loss
 from ._drop_in import DropIn
-from ._scale import as_scale, plain_scale
+from ._scale import as_scale, check_scale, plain_scale
 from ._serving import pairwise_similarity_of, serves, unsupported_embeddings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class CoSENTLoss(DropIn, cosent.CoSENTLoss):
         *,
         gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, scale=scale, similarity_fct=similarity_fct)
+        super().__init__(model, scale=check_scale(scale), similarity_fct=similarity_fct)
         self.gather_across_devices = gather_across_devices
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:

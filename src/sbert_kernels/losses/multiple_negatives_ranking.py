@@ -26,7 +26,7 @@ from ..values import readable
 from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
-from ._scale import as_scale, learnable, plain_scale
+from ._scale import as_scale, check_scale, learnable, plain_scale
 from ._serving import serves, similarity_of, unsupported_embeddings
 
 # The ids of each column's rows, by loss, of the forward passes that run in this thread; None for a column not needed.
@@ -78,7 +78,7 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
     ) -> None:
         super().__init__(
             model=model,
-            scale=scale if readable(scale) else 1.0,  # stock compares it with 0
+            scale=check_scale(scale) if readable(scale) else 1.0,  # stock compares it with 0
             similarity_fct=similarity_fct,
             gather_across_devices=gather_across_devices,
             directions=directions,

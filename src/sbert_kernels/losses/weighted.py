@@ -134,7 +134,15 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
 
         A subclass may compute several at once here, or leave out those that this batch has no use for, which are 0.
         """
-        return {name: loss_from_embeddings(loss, self.model, embeddings, labels) for name, loss in self.losses.items()}
+        values = {}
+        for name, loss in self.losses.items():
+            try:
+                values[name] = loss_from_embeddings(loss, self.model, embeddings, labels)
+            except Exception as error:
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"Raised by losses[{name!r}], a {type(loss).__name__}.")
+                raise
+        return values
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Components:
         labels = cut_like(labels, embeddings[0], self.model)
