@@ -135,7 +135,7 @@ def after_a_step(rank: int, mine: list[dict[str, Tensor]], case: str) -> Tensor:
         broken = torch.optim.SGD([scale], lr=1.0)
         run(loss, mine)
         broken.param_groups[0]["lr"] = "none"
-        with pytest.raises(Exception, match=r".+"):
+        with pytest.raises(TypeError):
             broken.step()
         scale.grad = None
         run(loss, mine)

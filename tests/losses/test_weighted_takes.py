@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as stock
 from sentence_transformers.sparse_encoder import losses as sparse
 from torch import Tensor, nn
@@ -232,7 +233,7 @@ class ReadsTheModel(nn.Module):
     def forward(self, features: list[dict[str, Tensor]], labels: Any) -> Tensor:
         total = sum(parameter.pow(2).sum() for parameter in self.model.parameters())
         first = self.model(features[0])["sentence_embedding"].sum()
-        assert isinstance(self.model, type(self.model[0]).__mro__[-1])
+        assert isinstance(self.model, SentenceTransformer)
         return total * len(self.model) * (2.0 if self.model.training else 1.0) + first
 
 

@@ -82,8 +82,9 @@ def average_over_ranks(values: Sequence[Tensor], ours: Sequence[bool]) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     missing = torch.zeros((), dtype=torch.float64, device=device)
     own = torch.stack([missing if v.grad is None else v.grad.detach().reshape(()).to(missing) for v in values])
-    flags = [[v.grad is not None for v in values], list(ours)]
-    packed = torch.cat([own[None], torch.tensor(flags, dtype=torch.float64, device=device)])  # (3, values)
+    flags = torch.tensor([[v.grad is not None for v in values], list(ours)], dtype=torch.float64)
+    # A blocking copy of the flags would wait for the GPU.
+    packed = torch.cat([own[None], flags.to(device, non_blocking=True)])  # (3, values)
     dist.all_reduce(packed)
     means = torch.where(packed[2] > 0, packed[0] / dist.get_world_size(), own)
     wanted = [True] * len(values)
@@ -115,10 +116,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if not several_ranks() or settings.get("disable") or optimizer in _inner:
         return None
     _inner.update(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    known = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
+    if not known:
+        return None
     # In the optimizer's order, which is the same on every rank.
     held = [value for group in optimizer.param_groups for value in group["params"]]
     held = [value for value in held if _is_learned(value) and not _is_sharded(value)]
-    known = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
     ours = [id(value) in known for value in held]
     if not any(ours):
         return None
