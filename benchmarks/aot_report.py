@@ -190,7 +190,7 @@ def summary_rows(kernels: list[Compiled]) -> Iterator[dict[str, Any]]:
 
 def problem_of(case: Case, dtype: torch.dtype, dim: int, rows: int = 8192) -> Any:
     """A contrastive problem without memory."""
-    from sbert_kernels.backends.problem.contrastive import ContrastiveProblem
+    from sbert_kernels.problems.contrastive import ContrastiveProblem
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -227,8 +227,8 @@ def problem_of(case: Case, dtype: torch.dtype, dim: int, rows: int = 8192) -> An
 
 def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
     """(what it serves, launch) of everything that dispatch would start for the cases on a target, each once."""
-    from sbert_kernels.backends.problem.contrastive import Needs
     from sbert_kernels.backends.triton import contrastive, launching
+    from sbert_kernels.problems.contrastive import Needs
 
     seen = set()
     for kind, (dtype, products) in KINDS.items():
@@ -254,9 +254,9 @@ def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
 
 def _others(seen: set[Any], target: str, quick: bool) -> Iterator[tuple[str, Any]]:
     """The launches of the operations on pairs."""
-    from sbert_kernels.backends.problem.pairwise import SIMILARITIES, PairwiseProblem
-    from sbert_kernels.backends.problem.ranking import Needs, RankingProblem
     from sbert_kernels.backends.triton import launching, pairwise, ranking
+    from sbert_kernels.problems.pairwise import SIMILARITIES, PairwiseProblem
+    from sbert_kernels.problems.ranking import Needs, RankingProblem
 
     where = launching.Target(*TARGETS[target])
     for dtype_name, dtype in DTYPES.items():

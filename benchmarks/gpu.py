@@ -280,9 +280,9 @@ def gemm_rate(case: contrastive.Case, device: str) -> float:
 
 def chosen_strategy(case: contrastive.Case) -> str:
     """What the cost model takes for the case."""
-    from sbert_kernels.backends.problem.contrastive import Needs
     from sbert_kernels.backends.triton import contrastive as kernels
     from sbert_kernels.benchmarks import aot_report
+    from sbert_kernels.problems.contrastive import Needs
 
     problem = aot_report.problem_of(
         aot_report.Case("in-batch", negatives=case.negatives), contrastive.DTYPES[case.dtype], case.dim, case.batch

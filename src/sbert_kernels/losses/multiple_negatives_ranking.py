@@ -19,9 +19,9 @@ from torch import Tensor
 from typing_extensions import deprecated
 
 from .. import settings
-from ..backends.problem.contrastive import DUPLICATES
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
+from ..problems.contrastive import DUPLICATES
 from ..values import readable
 from ._drop_in import DropIn
 from ._prefixes import WHOLE, Prefixes

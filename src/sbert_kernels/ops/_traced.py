@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.problem import ranking as ranking_contract
-from ..backends.problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, check_scale
-from ..backends.problem.pairwise import PairwiseGradients, PairwiseProblem
-from ..backends.problem.ranking import RankingProblem, RankingResult
+from ..problems import ranking as ranking_contract
+from ..problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, check_scale
+from ..problems.pairwise import PairwiseGradients, PairwiseProblem
+from ..problems.ranking import RankingProblem, RankingResult
 from ._dispatch import computed_by, evaluate
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends.problem import contrastive as contract
-from ..backends.problem.contrastive import ContrastiveProblem, Needs
 from ..integers import as_integer
+from ..problems import contrastive as contract
+from ..problems.contrastive import ContrastiveProblem, Needs
 from ..values import readable
 from . import _checks as checks
 from . import _traced

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends.problem import pairwise as contract
-from ..backends.problem.pairwise import PairwiseProblem
+from ..problems import pairwise as contract
+from ..problems.pairwise import PairwiseProblem
 from ..values import readable
 from . import _checks as checks
 from . import _traced

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends.problem.ranking import Needs, RankingProblem, RankingResult, check_values, comparable
+from ..problems.ranking import Needs, RankingProblem, RankingResult, check_values, comparable
 from ..values import readable
 from . import _checks as checks
 from . import _traced

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbert_kernels import contrastive_loss, settings
-from sbert_kernels.backends.problem.contrastive import Needs
 from sbert_kernels.benchmarks import aot_report
+from sbert_kernels.problems.contrastive import Needs
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

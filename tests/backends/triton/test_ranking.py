@@ -99,8 +99,8 @@ def test_scores_that_are_not_finite(value: float) -> None:
 @pytest.mark.usefixtures("phases")
 def test_labels_that_are_no_numbers_give_a_loss_that_is_none() -> None:
     """On a GPU nobody looks for them beforehand: that would have to wait."""
-    from sbert_kernels.backends.problem.ranking import Needs, RankingProblem
     from sbert_kernels.backends.triton import ranking
+    from sbert_kernels.problems.ranking import Needs, RankingProblem
 
     labels = torch.rand(40)
     labels[7] = math.nan
@@ -112,8 +112,8 @@ def test_labels_that_are_no_numbers_give_a_loss_that_is_none() -> None:
 @pytest.mark.usefixtures("phases")
 @pytest.mark.parametrize("weight", [-1.0, math.nan])
 def test_weights_that_are_none_give_a_loss_that_is_none(weight: float) -> None:
-    from sbert_kernels.backends.problem.ranking import Needs, RankingProblem
     from sbert_kernels.backends.triton import ranking
+    from sbert_kernels.problems.ranking import Needs, RankingProblem
 
     for place in (0, 3):
         weights = torch.ones(4)

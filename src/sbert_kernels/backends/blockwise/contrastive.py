@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
 # exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
 UNSHIFTED_LOGIT = 40.0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ..problem.pairwise import EPS, PairwiseGradients, PairwiseProblem
+from ...problems.pairwise import EPS, PairwiseGradients, PairwiseProblem
 
 # Rows at a time such that the passes over a block stay in a cache of usual size.
 TARGET_BLOCK_BYTES = settings.MIB

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem.ranking import Needs, RankingProblem, RankingResult
+from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ... import extension, settings
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term
 from ..blockwise.contrastive import UNSHIFTED_LOGIT
-from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term
 
 # Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
 # costs little. Fewer rows would make the passes over the columns' gradients cost more.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..problem.pairwise import SIMILARITIES, PairwiseGradients, PairwiseProblem
+from ...problems.pairwise import SIMILARITIES, PairwiseGradients, PairwiseProblem
 
 
 def unsupported(problem: PairwiseProblem | None) -> str | None:

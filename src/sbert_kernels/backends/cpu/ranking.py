@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..problem.ranking import Needs, RankingProblem, RankingResult
+from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def unsupported(problem: RankingProblem | None) -> str | None:

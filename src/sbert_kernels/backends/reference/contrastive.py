@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:

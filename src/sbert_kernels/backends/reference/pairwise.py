@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem.pairwise import EPS, PairwiseGradients, PairwiseProblem
+from ...problems.pairwise import EPS, PairwiseGradients, PairwiseProblem
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs, weight_sum
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, weight_sum
 from .launching import target_of
 from .operands import Operand, Products, finish, prepare
 from .terms import Softmax

@@ -26,7 +26,7 @@ import torch
 
 from ... import settings
 from ...logs import log_once
-from ..problem.contrastive import ContrastiveProblem, ContrastiveResult, Needs
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs
 from . import cost_model, tuning
 from .call import Call
 from .launching import Target, target_of

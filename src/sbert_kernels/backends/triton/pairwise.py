@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem.pairwise import EPS, SIMILARITIES, PairwiseGradients, PairwiseProblem
+from ...problems.pairwise import EPS, SIMILARITIES, PairwiseGradients, PairwiseProblem
 from .launching import Config, launch
 from .operands import with_unit_stride
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem.ranking import Needs, RankingProblem, RankingResult
+from ...problems.ranking import Needs, RankingProblem, RankingResult
 from .launching import Config, launch
 
 MOST_IN_ONE_LAUNCH = 8192

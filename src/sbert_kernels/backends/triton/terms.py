@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..problem.contrastive import Term
+from ...problems.contrastive import Term
 from . import softmax, tuning
 from .launching import launch
 from .operands import Operand, add_product

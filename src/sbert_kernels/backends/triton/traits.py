@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import settings
+from ...problems.contrastive import ContrastiveProblem
 from ..blockwise.contrastive import UNSHIFTED_LOGIT
-from ..problem.contrastive import ContrastiveProblem
 from .launching import Target
 from .operands import Products, choose_products
 
