@@ -126,7 +126,7 @@ def _open(path: Path) -> str | None:
 
 
 def _sources() -> list[Path]:
-    return sorted(SOURCES.glob("*.cpp"))
+    return sorted(SOURCES.rglob("*.cpp"))
 
 
 def _key() -> str:
@@ -136,9 +136,9 @@ def _key() -> str:
     if not _sources():
         raise BuildError(f"there are no sources in {SOURCES}")
     digest = hashlib.sha256(repr((_COMPILE_FLAGS, _LINK_FLAGS, torch.compiled_with_cxx11_abi())).encode())
-    for path in sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h")):
+    for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h")):
         content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)} ".encode() + content)
+        digest.update(f"{path.relative_to(SOURCES).as_posix()} {len(content)} ".encode() + content)
     return f"torch{torch.__version__}-{sys.platform}-{platform.machine().lower()}-{digest.hexdigest()[:12]}"
 
 

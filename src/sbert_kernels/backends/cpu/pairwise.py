@@ -7,13 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import extension
 from ...problems.pairwise import SIMILARITIES, PairwiseGradients, PairwiseProblem
-
-
-def unsupported(problem: PairwiseProblem | None) -> str | None:
-    """Why this backend cannot serve a problem (None: the most usual one) on the CPU, or None."""
-    return extension.load()
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:

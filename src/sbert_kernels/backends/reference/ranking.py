@@ -12,7 +12,7 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
     device = problem.device
     leaves = {
         "scores": problem.scores,
-        "scale": torch.as_tensor(problem.scale, dtype=torch.float64, device=device),
+        "scale": torch.as_tensor(problem.scale.given, dtype=torch.float64, device=device),
         "weights": torch.ones(len(problem.scores), device=device) if problem.weights is None else problem.weights,
     }
     leaves = {
