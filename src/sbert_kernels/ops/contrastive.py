@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..integers import as_integer
 from ..problems import contrastive as contract
@@ -41,7 +40,7 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         problem: ContrastiveProblem,
         backend: str | None,
         guard: Tensor,  # (), see double_backward_guard
@@ -57,7 +56,7 @@ class _Contrastive(torch.autograd.Function):
         return result.loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         guard, *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
         wanted = ctx.needs_input_grad[3:]
@@ -294,9 +293,10 @@ def _scale(given: Any) -> Scale:
 
 
 def _check_offset(offset: Any, rows: int, positives: int) -> None:
-    if isinstance(offset, Integral) and offset >= 0 and offset + rows <= positives:
+    whole = isinstance(offset, Integral)
+    if whole and offset >= 0 and offset + rows <= positives:
         return
-    if isinstance(offset, Integral) and offset == 0:
+    if whole and offset == 0:
         raise ValueError(
             f"documents[0], the positives, has {positives} rows, fewer than the {rows} of queries: each needs its own."
         )
@@ -376,12 +376,12 @@ def _guide(
         raise ValueError("all_queries cannot be combined with guide_queries: a guide sees the local queries only.")
     checks.vectors("guide_queries", guide_queries)
     guides = checks.columns("guide_documents", guide_documents, "expected the guide's vectors of the documents")
-    for name, guide, vectors in (
-        ("guide_queries", [guide_queries], [queries]),
-        ("guide_documents", guides, columns),
+    for name, found, wanted in (
+        ("guide_queries", [len(guide_queries)], [len(queries)]),
+        ("guide_documents", [len(x) for x in guides], [len(x) for x in columns]),
     ):
-        if [len(x) for x in guide] != [len(x) for x in vectors]:
-            raise ValueError(f"{name} has {[len(x) for x in guide]} rows, expected {[len(x) for x in vectors]}.")
+        if found != wanted:
+            raise ValueError(f"{name} has {found} rows, expected {wanted}.")
     for index, guide in enumerate(guides):
         checks.alike(f"guide_documents[{index}]", guide, "guide_queries", guide_queries)
     if guide_queries.device != queries.device:
