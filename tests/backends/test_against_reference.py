@@ -16,6 +16,7 @@ from sbert_kernels import contrastive_loss
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.backends.cpu.contrastive import Products
+from support.problems import loss_and_gradients
 
 DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
 
@@ -120,34 +121,6 @@ def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) 
         weighted=draw(st.booleans()),
         **options,
     )
-
-
-def loss_and_gradients(backend: str, problem: dict[str, Any], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """In fp64, computed in ``dtype``."""
-
-    def leaf(value: Any, kind: torch.dtype | None = dtype) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(kind or value.dtype).detach().clone().requires_grad_()
-
-    # Parameters and weights are wider than embeddings of half precision.
-    wide = dtype if dtype is None or dtype.itemsize > 2 else torch.float32
-
-    guide = {"guide_queries": None, "guide_documents": None} | {k: v for k, v in problem.items() if "guide" in k}
-    if guide["guide_queries"] is not None and dtype is not None:
-        # Exclusions are decisions: every type has to take them from the same numbers.
-        guide["guide_queries"] = guide["guide_queries"].float()
-        guide["guide_documents"] = [column.float() for column in guide["guide_documents"]]
-    problem = {
-        k: v if "ids" in k else leaf(v, wide) if k in ("scale", "weights") else leaf(v)
-        for k, v in problem.items()
-        if "guide" not in k
-    }
-    documents = [leaf(column) for column in problem.pop("documents")]
-    queries = problem.pop("queries")
-    loss = contrastive_loss(queries, documents, backend=backend, **problem, **guide)
-    others = [problem[key] for key in ("all_queries", "scale", "weights") if isinstance(problem[key], torch.Tensor)]
-    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [queries, *documents, *others]))]
 
 
 @settings(max_examples=300)
