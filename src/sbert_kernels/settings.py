@@ -45,7 +45,7 @@ def _parse_name(text: str) -> str | None:
     return text.strip() or None
 
 
-PRODUCTS = ("float32", "tf32", "tf32x3", "bfloat16x3", "bfloat16")
+MATMUL_PRECISIONS = ("float32", "tf32", "tf32x3", "bfloat16x3", "bfloat16")
 STRATEGIES = ("tiled", "chunked")
 
 
@@ -61,12 +61,21 @@ def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str | None]:
 
 @dataclass(frozen=True)
 class Variable:
-    """One setting: its environment variable, what it means, and how its text is read."""
+    """Describes one setting.
+
+    Attributes:
+        environment: The name of the environment variable.
+        default: The value while the variable is not set.
+        parse: Reads the text of the variable; a ValueError of it says what was wanted.
+        meaning: What the setting does, in one sentence, for users.
+        former: The name that the variable had in the version before. It is still read, with one logged line.
+    """
 
     environment: str
     default: Any
     parse: Callable[[str], Any]
     meaning: str
+    former: str | None = None
 
 
 VARIABLES: dict[str, Variable] = {
@@ -92,13 +101,14 @@ VARIABLES: dict[str, Variable] = {
         _parse_name,
         "Where compiled kernels are kept; unset is the user's cache directory.",
     ),
-    "products": Variable(
-        "SBERT_KERNELS_PRODUCTS",
+    "matmul": Variable(
+        "SBERT_KERNELS_MATMUL",
         None,
-        _one_of(PRODUCTS),
+        _one_of(MATMUL_PRECISIONS),
         "How float32 embeddings are multiplied: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; a CPU "
         "refuses what it lacks, a GPU says what it takes instead; unset follows the embeddings' type and "
         "torch.set_float32_matmul_precision().",
+        former="SBERT_KERNELS_PRODUCTS",
     ),
     "strategy": Variable(
         "SBERT_KERNELS_STRATEGY",
@@ -131,13 +141,27 @@ def get(name: str) -> Any:
     if overrides and name in overrides:
         return overrides[name]
     variable = VARIABLES[name]
-    text = os.environ.get(variable.environment)
+    environment = _name_in_use(variable)
+    text = os.environ.get(environment)
     if text is None:
         return variable.default
     try:
         return variable.parse(text)
     except ValueError as wanted:
-        raise ValueError(f"{variable.environment}={text!r} cannot be read: expected {wanted}.") from None
+        raise ValueError(f"{environment}={text!r} cannot be read: expected {wanted}.") from None
+
+
+def _name_in_use(variable: Variable) -> str:
+    """Returns the name to read a setting from: the former one if only that is set, which is logged once."""
+    name, former = variable.environment, variable.former
+    if former is None or former not in os.environ:
+        return name
+    if name in os.environ:
+        log_once(logger, f"{former} is the former name of {name}: both are set, and {name} is used. Unset {former}.")
+        return name
+    instead = f"{name}={os.environ[former]}"
+    log_once(logger, f"{former} is the former name of {name}, and this is the last version to read it: set {instead}.")
+    return former
 
 
 _looked_at: int | None = None  # how many variables there were when they were looked through last
@@ -150,9 +174,10 @@ def _look_for_misspelt() -> None:
         return
     _looked_at = len(os.environ)
     known = [*(variable.environment for variable in VARIABLES.values()), *OTHER_VARIABLES]
+    former = {variable.former for variable in VARIABLES.values()}
     for name in os.environ:
         plain = name.upper().replace("-", "_")
-        if name not in known and plain.startswith(("SBERT_KERNEL", "SBERTKERNEL")):
+        if name not in known and name not in former and plain.startswith(("SBERT_KERNEL", "SBERTKERNEL")):
             closest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
             log_once(logger, f"The environment variable {name} has no meaning to sbert-kernels: is it {closest}?")
 

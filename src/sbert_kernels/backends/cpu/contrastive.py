@@ -96,16 +96,16 @@ def choose_products(dtypes: set[torch.dtype]) -> Products:
     """The products for operands of these types, by torch's precision knob and the machine's instructions.
 
     Raises:
-        ValueError: SBERT_KERNELS_PRODUCTS asks for products of GPUs, or that the machine has no instructions for.
+        ValueError: SBERT_KERNELS_MATMUL asks for products of GPUs, or that the machine has no instructions for.
     """
-    asked_for = settings.get("products")
+    asked_for = settings.get("matmul")
     if asked_for is not None:
         if asked_for not in ("float32", "bfloat16x3", "bfloat16"):
-            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} is for GPUs; the cpu backend has no such products.")
+            raise ValueError(f"SBERT_KERNELS_MATMUL={asked_for!r} is for GPUs; the cpu backend has no such products.")
         products = Products[asked_for.upper()]
         reason = why_not(products)
         if reason is not None:
-            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} cannot be served: {reason}.")
+            raise ValueError(f"SBERT_KERNELS_MATMUL={asked_for!r} cannot be served: {reason}.")
         return products
     if dtypes == {torch.bfloat16}:
         return Products.BFLOAT16 if bfloat16_instructions() else Products.FLOAT32
