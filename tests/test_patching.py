@@ -221,6 +221,23 @@ def test_losses_made_inside_sentence_transformers_are_fused(embedded: Callable[.
     assert type(loss.loss) is losses.MultipleNegativesRankingLoss
 
 
+@pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss"])
+def test_a_cached_loss_while_patched_and_disabled_computes_as_stock(
+    monkeypatch: pytest.MonkeyPatch,
+    bert: Callable[..., Any],
+    texts: Callable[..., Any],
+    step: Callable[..., Any],
+    close: Callable[..., None],
+    name: str,
+) -> None:
+    expected = step(STOCK[name](bert()), texts(bert()))
+    monkeypatch.setenv("SBERT_KERNELS_DISABLE", "1")
+    with patch():
+        loss = getattr(stock, name)(bert())
+        assert type(loss) is getattr(losses, name)
+        close(step(loss, texts(bert())), expected)
+
+
 def test_before_anything_else_is_imported() -> None:
     """The README's order, in a fresh interpreter, with the script's own import after it."""
     code = (

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sentence_transformers.base.losses.gradcache import _create_minibatch, _get_batch_size, _minibatch_ranges
 from torch import Tensor
 
+from .._stock import cut_rows, mini_batch_ranges, row_count
 from ..values import dry
 from . import entries
 from .cuts import pack
@@ -89,7 +89,7 @@ class Sliced:
         self.features = column
         if isinstance(column, Tensor):
             column = {"": column}
-        self.rows = _get_batch_size(column)
+        self.rows = row_count(column)
         self.listed = listed
         self._beside_tokens = _beside_tokens(column, self.rows)
         if dry(*column.values()) and (limits.tokens is not None or not UNPOOLED.isdisjoint(column)):
@@ -98,7 +98,7 @@ class Sliced:
                 f"column {position} cannot be cut into mini-batches without reading values ({read}), and it holds no "
                 "data (a dry run on meta or fake tensors): use mini_batch_size, and features that are padded, there."
             )
-        self._ranges = _minibatch_ranges(column, limits.rows, limits.tokens)
+        self._ranges = mini_batch_ranges(column, limits.rows, limits.tokens)
         self._per_row = _tokens_per_row(column)
         self.budget = max((end - begin for begin, end in self._ranges), default=0) * self._per_row
 
@@ -121,7 +121,7 @@ class Sliced:
                 for key, value in self.features.items()
             }
         else:
-            features = _create_minibatch(dict(self.features), begin, end)
+            features = cut_rows(self.features, begin, end)
         for key in self.listed:
             features[key] = entries.take(self.features[key], rows)
         for key in self._beside_tokens:
@@ -385,7 +385,7 @@ def _listed(column: Column, position: int) -> frozenset[str]:
             "StaticEmbedding takes them), which a gradient cache does not cut into mini-batches: an encoder that only "
             "looks up vectors has no activations to save. Use the loss without a cache."
         )
-    rows = _get_batch_size(features)
+    rows = row_count(features)
     if not rows:
         raise ValueError(f"column {position} of the batch has no rows.")
     return entries.listed(features, rows, position)
@@ -434,7 +434,7 @@ def _tokens_per_row(column: Column) -> float:
     if isinstance(column, Tensor):
         return 1
     if "cu_seq_lens_q" in column:
-        return int(column["cu_seq_lens_q"][-1]) / max(1, _get_batch_size(column))
+        return int(column["cu_seq_lens_q"][-1]) / max(1, row_count(column))
     mask = column.get("attention_mask")
     return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 1
 
