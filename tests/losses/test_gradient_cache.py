@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentence_transformers
 import torch
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as stock
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
@@ -203,6 +205,8 @@ def cases() -> list[Any]:
 def test_equals_the_loss_in_one_piece(
     bert: Any, close: Callable[..., None], name: str, rows: int, negatives: int, options: dict[str, Any]
 ) -> None:
+    if name == "weighted" and rows == 1 and Version(sentence_transformers.__version__) < Version("6.2"):
+        pytest.skip("stock's GlobalOrthogonalRegularizationLoss of one row is NaN before 6.2")
     model, guide = bert(), bert() if name == "guided" else None
     if guide is not None:
         torch.manual_seed(5)
@@ -431,7 +435,7 @@ def test_without_packing_dropout_draws_what_stock_s_does(
         torch.manual_seed(11)
         results.append(gradients(loss, lambda loss=loss, features=features: value_of(loss, features)))
         states.append(torch.get_rng_state())
-    close(*results)
+    close(*results, replayed=True)
     assert torch.equal(*states)
 
 
@@ -457,7 +461,7 @@ def test_an_encoder_whose_rows_depend_on_each_other(close: Callable[..., None]) 
         model = Normalised()
         loss = module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, **options)
         results.append([*gradients(loss, lambda loss=loss: value_of(loss, columns)), *model[1].buffers()])
-    close(*results)
+    close(*results, replayed=True)
 
 
 @contextmanager

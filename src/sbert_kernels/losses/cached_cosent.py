@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer, util
 from torch import Tensor
 
 from .._stock import CachedLossMixin
-from ..gradcache.stage import backward_to_embeddings
+from ..gradcache.loss_stage import backward_to_embeddings
 from ._gradient_cache import GradientCached, check_splits
 from .cosent import AnglELoss, CoSENTLoss
 

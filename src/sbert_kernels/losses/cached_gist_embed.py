@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._stock import cached_gist_embed as stock_module
 from .._stock import widened
+from ..gradcache.loss_stage import backward_to_embeddings
 from ..gradcache.packing import MiniBatch
-from ..gradcache.stage import backward_to_embeddings
 from ._drop_in import DropIn
 from ._fused_or_stock import serves
 from ._gradient_cache import GradientCached

@@ -23,7 +23,7 @@ from typing_extensions import deprecated
 
 from .._stock import cached_multiple_negatives_ranking as stock_module
 from .._stock import delegated_options, deprecation_of, widened
-from ..gradcache.stage import backward_to_embeddings
+from ..gradcache.loss_stage import backward_to_embeddings
 from ._drop_in import DropIn
 from ._fused_or_stock import serves
 from ._gradient_cache import GradientCached

@@ -143,6 +143,7 @@ class CachedLossDecorator(stock_module.CachedLossDecorator):
     """Wraps ``calculate_loss`` of a cached loss, as stock's does, and calls it once for all prefixes if it can."""
 
     def __call__(self, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the weighted sum () of the loss of each prefix of the embeddings ``reps``."""
         loss = getattr(self.fn, "__self__", None)
         if not isinstance(loss, CACHED) or not loss.serves() or not _in_one_call(loss, self._why_not_one_call()):
             return super().__call__(reps, *args, **kwargs)

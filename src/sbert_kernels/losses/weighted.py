@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .._stock import CachedLossMixin
 from .._stock import multiple_negatives_ranking as stock_module
+from ..gradcache.loss_stage import backward_to_embeddings
 from ..gradcache.options import Options
-from ..gradcache.stage import backward_to_embeddings
 from ..logs import described
 from ..values import dry
 from ._components import ADDED, Components
