@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 # Only a build without isolation can meet an older one; it would stop at the next line, or at the license's form.
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -76,6 +76,7 @@ if obstacle is not None:
     print(f"sbert-kernels: built without the CPU kernels, they are compiled on first use: {obstacle}.")
 
 setup(
+    packages=[*find_packages("src"), "sbert_kernels.csrc"],
     # An optional extension that fails to compile is left out with a warning.
     ext_modules=[] if obstacle else [Extension("sbert_kernels._cpu", sources=[], optional=mode != "1")],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},

@@ -5,7 +5,7 @@ batches, of |x - exact| / |exact| in the Euclidean norm. `exact` is eager torch 
 embeddings. The last rows are well-trained batches (p = 0.999 of the positives), where the gradient is of the size of a
 bfloat16 rounding of p.
 
-    python benchmarks/accuracy.py     or     python -m sbert_kernels bench accuracy
+    python -m benchmarks.accuracy [--quick]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sbert_kernels import contrastive_loss, settings
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 
 BATCH, DIM = 512, 384
 QUICK_BATCH = 128

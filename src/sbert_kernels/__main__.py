@@ -25,21 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.set_defaults(run=demo.run)
 
     bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
-    metavar = "contrastive | ranking | objective | accuracy | training | gradcache | aot | gpu"
+    metavar = "contrastive | ranking | objective | training | gradcache | gpu"
     subjects = bench.add_subparsers(dest="subject", required=True, metavar=metavar)
-    from .benchmarks import accuracy, aot_report, contrastive, gpu, gradcache, objective, ranking, training
+    from .bench import contrastive, gpu, gradcache, objective, ranking, training
 
     for module, text in (
         (contrastive, "the in-batch-negatives losses, from embeddings to gradients"),
         (ranking, "the ranking losses CoSENT and AnglE, from embeddings to gradients"),
         (objective, "AnglE's whole objective on a model, against the sum of three stock losses"),
-        (accuracy, "errors of the contrastive loss and its gradients in every number format"),
         (training, "whole training steps of a static-embedding model, and what they are made of"),
         (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
-        (aot_report, "what the compiler makes of the Triton kernels for each kind of GPU, without one"),
         (gpu, "the Triton kernels on one GPU: parity, time, memory, peers and targets"),
     ):
-        subject = subjects.add_parser(module.__name__.rpartition(".")[2].removesuffix("_report"), help=text)
+        subject = subjects.add_parser(module.__name__.rpartition(".")[2], help=text)
         module.add_arguments(subject)
         subject.set_defaults(run=module.run)
 
@@ -51,7 +49,7 @@ def _info(_: argparse.Namespace) -> int:
     import torch
 
     from . import backends, extension, settings
-    from .benchmarks.harness import machine
+    from .bench.harness import machine
 
     print(f"sbert-kernels {__version__}")
     for key, value in machine().items():

@@ -11,7 +11,7 @@ import torch
 
 from sbert_kernels import contrastive_loss, use_backend
 from sbert_kernels import settings as library
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 
 
 @pytest.fixture(autouse=True)

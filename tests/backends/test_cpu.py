@@ -20,7 +20,7 @@ from sbert_kernels import contrastive_loss, use_backend
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.backends.cpu.contrastive import Products
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sbert_kernels import demo
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 from sbert_kernels.demo.options import DEFAULTS, MODELS, STATIC_DIM, DemoError, Options
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sbert_kernels import angle_loss
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 from sbert_kernels.settings import MIB
 
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sentence_transformers import SentenceTransformer
 
-from sbert_kernels.benchmarks.harness import machine, machine_line
-from sbert_kernels.benchmarks.report import draw_stacks
-from sbert_kernels.benchmarks.steps import PARTS, Recording, Step, median_step, whole
+from sbert_kernels.bench.harness import machine, machine_line
+from sbert_kernels.bench.report import draw_stacks
+from sbert_kernels.bench.steps import PARTS, Recording, Step, median_step, whole
 from sbert_kernels.demo.data import Pairs
 from sbert_kernels.demo.objectives import Data
 from sbert_kernels.demo.options import Options

@@ -20,8 +20,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from sbert_kernels.benchmarks.harness import run_in_process
-from sbert_kernels.benchmarks.steps import Recording, StepRecorder, difference, median_step, whole
+from sbert_kernels.bench.harness import run_in_process
+from sbert_kernels.bench.steps import Recording, StepRecorder, difference, median_step, whole
 from sbert_kernels.demo.data import Row
 from sbert_kernels.demo.models import build_model, without_dropout
 from sbert_kernels.demo.objectives import SIDES, objective_of

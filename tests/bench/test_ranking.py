@@ -13,8 +13,8 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
-from sbert_kernels.benchmarks import ranking
-from sbert_kernels.benchmarks.peers import largest_error
+from sbert_kernels.bench import ranking
+from sbert_kernels.bench.peers import largest_error
 
 MIB = 2**20
 

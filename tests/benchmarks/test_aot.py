@@ -13,22 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from sbert_kernels.benchmarks import aot_report
+from benchmarks import aot
 
+ROOT = Path(__file__).parents[2]
 needs_compilers = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # What multiplies matrices in half precision.
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[aot_report.Compiled]:
+def kernels() -> list[aot.Compiled]:
     """Those of the most usual problems, for four targets."""
-    return aot_report.compile_all(list(TENSOR_CORES), quick=True, workers=2)
+    return aot.compile_all(list(TENSOR_CORES), quick=True, workers=2)
 
 
 @needs_compilers
 @pytest.mark.parametrize("target", TENSOR_CORES)
-def test_nothing_spills_and_products_are_the_tensor_cores(target: str, kernels: list[aot_report.Compiled]) -> None:
+def test_nothing_spills_and_products_are_the_tensor_cores(target: str, kernels: list[aot.Compiled]) -> None:
     found = [kernel for kernel in kernels if kernel.target == target]
     assert {kernel.kernel for kernel in found} == {
         "prepare", "sweep", "combine", "finish", "rank", "pair_scores", "pair_gradients"
@@ -47,24 +48,26 @@ def test_a_kernel_that_spills_is_seen(tmp_path: Path) -> None:
     """Four times the accumulators that registers hold."""
     code = """
 import dataclasses
-from sbert_kernels.benchmarks import aot_report
+from benchmarks import aot
 from sbert_kernels.backends.triton import launching
-serves, launch = next(x for x in aot_report.launches_of("sm_80", True) if x[1].kernel.__name__ == "sweep")
+serves, launch = next(x for x in aot.launches_of("sm_80", True) if x[1].kernel.__name__ == "sweep")
 tiles = tuple({**dict(launch.config.tiles), "BLOCK_OWN": 256, "BLOCK_OTHER": 256}.items())
 launch = dataclasses.replace(
     launch, config=launching.Config(tiles, 8, 3), constants=launch.constants | dict(tiles)
 )
-kernel = aot_report.compiled("sm_80", serves, launch)
+kernel = aot.compiled("sm_80", serves, launch)
 print(kernel.spills, kernel.faults)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     spills, _, faults = found.stdout.partition(" ")
     assert int(spills) > 100
     assert f"{spills} spills" in faults
 
 
-PLAIN = aot_report.Compiled(
+PLAIN = aot.Compiled(
     target="sm_90",
     kernel="sweep",
     serves="plain",
@@ -97,10 +100,10 @@ def test_faults_are_told() -> None:
 
 
 def test_occupancy_is_that_of_the_scarcest() -> None:
-    assert aot_report._occupancy(90, 128, 0, 256) == 0.25  # 65536 registers are two blocks
-    assert aot_report._occupancy(90, 32, 100 * 1024, 256) == 0.25  # 228 KiB are two blocks
-    assert aot_report._occupancy(90, 32, 0, 256) == 1.0
-    assert aot_report._occupancy("gfx942", 256, 64 * 1024, 512) == 0.25
+    assert aot._occupancy(90, 128, 0, 256) == 0.25  # 65536 registers are two blocks
+    assert aot._occupancy(90, 32, 100 * 1024, 256) == 0.25  # 228 KiB are two blocks
+    assert aot._occupancy(90, 32, 0, 256) == 1.0
+    assert aot._occupancy("gfx942", 256, 64 * 1024, 512) == 0.25
 
 
 def test_the_hottest_loop_is_the_innermost() -> None:
@@ -116,19 +119,19 @@ def test_the_hottest_loop_is_the_innermost() -> None:
         /*0070*/ MUFU.EX2 R3 ;
         /*0080*/ @P1 BRA `(.L_x_1) ;
 """
-    loop = aot_report._hottest_loop(text)
-    assert len(aot_report.TENSOR_CORES.findall(loop)) == 2
+    loop = aot._hottest_loop(text)
+    assert len(aot.TENSOR_CORES.findall(loop)) == 2
     assert "MUFU" not in loop
     assert "LDG.E" not in loop
 
 
 def test_reports_are_written_and_faults_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [PLAIN, replace(PLAIN, spills=7, serves="another")]
-    monkeypatch.setattr(aot_report, "compile_all", lambda *_: found)
+    monkeypatch.setattr(aot, "compile_all", lambda *_: found)
     pytest.importorskip("triton")
     args = argparse.Namespace(targets=["sm_90"], quick=True, workers=1, output=tmp_path)
     with pytest.raises(SystemExit, match=r"spills.*sm_90 sweep \(another\)"):
-        aot_report.run(args)
+        aot.run(args)
     rows = json.loads((tmp_path / "aot.json").read_text())["rows"]
     assert [row["fault"] for row in rows] == [None, "7 spills"]
     (summary,) = json.loads((tmp_path / "aot-summary.json").read_text())["rows"]

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from sbert_kernels.benchmarks.report import Chart, Report, StackedChart
+from sbert_kernels.bench.report import Chart, Report, StackedChart
 
 __all__ = [
     "MIB",

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbert_kernels.benchmarks import harness
-from sbert_kernels.benchmarks import report as report_module
+from sbert_kernels.bench import harness
+from sbert_kernels.bench import report as report_module
 
 MIB = 2**20
 

@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer import losses
 from torch import Tensor, nn
 
-from sbert_kernels.benchmarks import steps
-from sbert_kernels.benchmarks.steps import PARTS, Recording, StepRecorder, difference, median_step, whole
+from sbert_kernels.bench import steps
+from sbert_kernels.bench.steps import PARTS, Recording, StepRecorder, difference, median_step, whole
 from sbert_kernels.demo.models import static_model
 from sbert_kernels.demo.training import Settings, prepare
 

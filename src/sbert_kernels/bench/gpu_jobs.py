@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sbert_kernels.benchmarks import contrastive, ranking
-from sbert_kernels.benchmarks.contrastive import FOUR_DIRECTIONS, MNR
+from sbert_kernels.bench import contrastive, ranking
+from sbert_kernels.bench.contrastive import FOUR_DIRECTIONS, MNR
 
 PARITY_ROWS = 1000  # no multiple of any tile
 MATRYOSHKA = (768, 512, 256, 128, 64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 from sbert_kernels.demo import data
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sbert_kernels.benchmarks.peers import gradient_difference
+from sbert_kernels.bench.peers import gradient_difference
 
 
 def test_a_gradient_of_roundings_is_compared_on_the_scale_of_the_whole():

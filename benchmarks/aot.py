@@ -5,7 +5,7 @@ launcher would, and read back: registers, spills, shared memory, occupancy, tens
 hottest loop (the shortest stretch between a backward branch and its target that holds them). Then the roofline times
 that follow from the counts of operations and bytes (`backends/triton/cost_model.py`).
 
-    python benchmarks/aot_report.py [--quick]     or     python -m sbert_kernels bench aot [--quick]
+    python -m benchmarks.aot [--quick]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sbert_kernels import settings
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 
 TARGETS: dict[str, tuple[str, int | str]] = {
     **{f"sm_{arch}": ("cuda", arch) for arch in (75, 80, 86, 89, 90, 100, 120)},

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 
 # hidden states (N, D), weights (M, D) and targets (N,) to the mean cross-entropy of hidden @ weights.T
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ take about half an hour on two cores.
 are missing from the second. "Floor" is the time of the real tokens' matrix products alone, at the rate of a plain GEMM:
 one forward, two forwards' worth of backward, and the share of another that the second pass repeats. On the CPU only.
 
-    python benchmarks/gradcache.py [--quick]     or     python -m sbert_kernels bench gradcache [--quick]
+    python -m sbert_kernels bench gradcache [--quick]
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbert_kernels import demo
-from sbert_kernels.benchmarks import harness
-from sbert_kernels.benchmarks.peers import (
+from sbert_kernels.bench import harness
+from sbert_kernels.bench.peers import (
     OURS,
     PARITY_LIMIT,
     STOCK,
@@ -45,7 +45,7 @@ from sbert_kernels.benchmarks.peers import (
     loss_and_gradients,
     make_step,
 )
-from sbert_kernels.benchmarks.training import QUICK_PACKAGES, mixed_rows, read_pairs
+from sbert_kernels.bench.training import QUICK_PACKAGES, mixed_rows, read_pairs
 from sbert_kernels.demo.options import DEFAULTS, DemoError
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _measured(
         "peak extra MiB": max((r.cell for r in results if r.cell is not None), default=None),
     }
     if curves and results is not stock and not stock[0].error:
-        from sbert_kernels.benchmarks.steps import Recording, difference
+        from sbert_kernels.bench.steps import Recording, difference
 
         row["loss curves differ"] = difference(*(Recording(rs[0].value.losses, []) for rs in (stock, results)))
     return row
@@ -431,7 +431,3 @@ def gemm_rate(model: SentenceTransformer) -> float:
     config = model[0].model.config
     shape = (GEMM_ROWS, config.intermediate_size, config.hidden_size)
     return 2 * math.prod(shape) / harness.gemm_seconds(*shape, torch.float32)
-
-
-if __name__ == "__main__":
-    harness.command_line(__doc__, add_arguments, run)

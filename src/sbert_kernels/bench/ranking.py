@@ -9,7 +9,7 @@ The floor is the time that the case's bytes take at the bandwidth of a large cop
 then for the gradients), dx and dy written once; of scores that exist already, scores and labels read and gradients
 written once. A batch that fits the cache can be faster than that.
 
-    python benchmarks/ranking.py [--quick]     or     python -m sbert_kernels bench ranking [--quick]
+    python -m sbert_kernels bench ranking [--quick]
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbert_kernels import pairwise_similarity, ranking_loss
-from sbert_kernels.benchmarks import harness
-from sbert_kernels.benchmarks.peers import OURS, STOCK, Embedded, compiled, largest_error
+from sbert_kernels.bench import harness
+from sbert_kernels.bench.peers import OURS, STOCK, Embedded, compiled, largest_error
 
 QUICK_ROWS = 256
 COSENT, ANGLE = "CoSENTLoss", "AnglELoss"
@@ -293,7 +293,3 @@ def _timings(case: Case, device: str, repeats: int) -> tuple[dict[str, harness.T
         contenders |= {"compiled": step} if step else {}
     contenders["ours"] = make_step(make_loss(OURS, case), columns, labels)[0]
     return harness.measure(contenders, repeats=repeats), why_not
-
-
-if __name__ == "__main__":
-    harness.command_line(__doc__, add_arguments, run)

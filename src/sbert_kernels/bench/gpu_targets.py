@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sbert_kernels.benchmarks import gpu_peers
+from sbert_kernels.bench import gpu_peers
 
 NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
 NOISE = 1.02  # ratios below are no choice of the wrong strategy

@@ -10,7 +10,7 @@ mode, because each of stock's encodings draws dropout masks of its own. Then it 
 and reads the peak extra memory of each in a process of its own. Texts are docstrings of the installed packages, labels
 are random. On the CPU only.
 
-    python benchmarks/objective.py [--quick]     or     python -m sbert_kernels bench objective [--quick]
+    python -m sbert_kernels bench objective [--quick]
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbert_kernels import demo
-from sbert_kernels.benchmarks import harness
-from sbert_kernels.benchmarks.peers import (
+from sbert_kernels.bench import harness
+from sbert_kernels.bench.peers import (
     OURS,
     PARITY_LIMIT,
     STOCK,
@@ -37,7 +37,7 @@ from sbert_kernels.benchmarks.peers import (
     loss_and_gradients,
     make_step,
 )
-from sbert_kernels.benchmarks.training import QUICK_DIM, QUICK_PACKAGES, mixed_rows, read_pairs
+from sbert_kernels.bench.training import QUICK_DIM, QUICK_PACKAGES, mixed_rows, read_pairs
 from sbert_kernels.demo.options import STATIC_DIM, DemoError
 
 if TYPE_CHECKING:
@@ -159,7 +159,3 @@ def prepare(library: str, case: Case, pairs: Sequence[Pair]) -> Callable[[], flo
     model.zero_grad(set_to_none=True)  # the gradients count
     step = make_step(model, losses, *make_batch(model, pairs))
     return lambda: step().item()
-
-
-if __name__ == "__main__":
-    harness.command_line(__doc__, add_arguments, run)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_kernels.benchmarks import contrastive, gpu, gpu_jobs, gpu_peers, gpu_targets, harness, ranking
-from sbert_kernels.benchmarks.gpu_jobs import Budget, Job, Pace, in_batch, plan
-from sbert_kernels.benchmarks.harness import Timing
-from sbert_kernels.benchmarks.peers import OURS, STOCK, largest_error
+from sbert_kernels.bench import contrastive, gpu, gpu_jobs, gpu_peers, gpu_targets, harness, ranking
+from sbert_kernels.bench.gpu_jobs import Budget, Job, Pace, in_batch, plan
+from sbert_kernels.bench.harness import Timing
+from sbert_kernels.bench.peers import OURS, STOCK, largest_error
 
 
 class Clock:

@@ -6,7 +6,7 @@ report says so. Each case checks parity first: the loss curves of both sides, fr
 trainings in the order A B A B ... in one process, and reads the peak extra memory of one in a process of its own. In
 the "overlapped" cases a worker process tokenizes beside the step, as the Trainer's options allow. On the CPU only.
 
-    python benchmarks/training.py [--quick]     or     python -m sbert_kernels bench training [--quick]
+    python -m sbert_kernels bench training [--quick]
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 from sbert_kernels import demo
-from sbert_kernels.benchmarks import harness
+from sbert_kernels.bench import harness
 from sbert_kernels.demo.options import DEFAULTS, MATRYOSHKA_DIMS, STATIC_DIM, DemoError, default_matryoshka_dims
 
 if TYPE_CHECKING:
-    from sbert_kernels.benchmarks.steps import Recording
+    from sbert_kernels.bench.steps import Recording
     from sbert_kernels.demo.data import Pair, Pairs
 
 QUICK_BATCH, QUICK_DIM, QUICK_PACKAGES = 256, 64, ("numpy",)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     except DemoError as error:
         raise SystemExit(f"error: {error}") from error
 
-    from sbert_kernels.benchmarks.steps import PARTS
+    from sbert_kernels.bench.steps import PARTS
 
     rows = (args.steps + 1) * max(case.batch for case in cases.values())
     data = f"{len(pairs.pairs):,} pairs from {pairs.source}"
@@ -134,7 +134,7 @@ def mixed_rows(pairs: Sequence[Pair], count: int) -> list[Pair]:
 def _run_case(
     name: str, case: Case, pairs: list[Pair], args: argparse.Namespace, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    from sbert_kernels.benchmarks.steps import difference, median_step, whole
+    from sbert_kernels.bench.steps import difference, median_step, whole
     from sbert_kernels.demo.training import SIDES
 
     rows: dict[str, dict[str, Any]] = {
@@ -197,7 +197,3 @@ def prepare(side: str, case: Case, pairs: list[Pair], steps: int, output: Path) 
     loss = build_loss(model, training.SIDES[side], case.matryoshka)
     settings = training.Settings(case.batch, steps, DEFAULTS["mnr"]["static"].lr, 0, output, case.workers)
     return training.prepare(model, loss, pairs, settings)
-
-
-if __name__ == "__main__":
-    harness.command_line(__doc__, add_arguments, run)

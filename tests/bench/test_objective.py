@@ -15,7 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from sbert_kernels.benchmarks import objective, peers
+from sbert_kernels.bench import objective, peers
 from sbert_kernels.demo import models
 
 

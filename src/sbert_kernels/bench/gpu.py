@@ -5,7 +5,7 @@ order of importance until `--minutes` are spent; what is left then is listed as 
 memory are results. Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes;
 they are read against the same three products by the vendor's library.
 
-    python benchmarks/gpu.py [--quick]     or     python -m sbert_kernels bench gpu [--quick]
+    python -m sbert_kernels bench gpu [--quick]
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from sbert_kernels import contrastive_loss, settings
 from sbert_kernels.backends.triton import obstacle
-from sbert_kernels.benchmarks import contrastive, gpu_peers, harness, ranking
-from sbert_kernels.benchmarks.gpu_jobs import KINDS, LEAST_SECONDS, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
-from sbert_kernels.benchmarks.gpu_targets import NOT_RUN, verdicts, wrong_choices
-from sbert_kernels.benchmarks.peers import OURS, STOCK, compiled, largest_error
+from sbert_kernels.bench import contrastive, gpu_peers, harness, ranking
+from sbert_kernels.bench.gpu_jobs import KINDS, LEAST_SECONDS, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
+from sbert_kernels.bench.gpu_targets import NOT_RUN, verdicts, wrong_choices
+from sbert_kernels.bench.peers import OURS, STOCK, compiled, largest_error
 
 # What roundings alone may add to twice eager's error, which luck can make small.
 FEW_ROUNDINGS = {"bfloat16": 2**-7, "float32": 2**-21}
@@ -279,13 +279,32 @@ def gemm_rate(case: contrastive.Case, device: str) -> float:
 
 
 def chosen_strategy(case: contrastive.Case) -> str:
-    """What the cost model takes for the case."""
+    """Returns the strategy that the cost model takes for an in-batch case."""
     from sbert_kernels.backends.triton import contrastive as kernels
-    from sbert_kernels.benchmarks import aot_report
-    from sbert_kernels.problems.contrastive import Needs
+    from sbert_kernels.problems.contrastive import ContrastiveProblem, Needs
 
-    problem = aot_report.problem_of(
-        aot_report.Case("in-batch", negatives=case.negatives), contrastive.DTYPES[case.dtype], case.dim, case.batch
+    embeddings = torch.empty(case.batch, case.dim, dtype=contrastive.DTYPES[case.dtype], device="meta")
+    problem = ContrastiveProblem(
+        queries=embeddings,
+        documents=(embeddings,) * (1 + case.negatives),
+        all_queries=None,
+        scale=case.scale,
+        similarity="cos",
+        directions=("query_to_doc",),
+        partition_mode="joint",
+        hardness_mode=None,
+        hardness_strength=0.0,
+        weights=None,
+        query_ids=None,
+        document_ids=None,
+        duplicates="keep",
+        guide_queries=None,
+        guide_documents=(),
+        margin_strategy="absolute",
+        margin=0.0,
+        row_offset=0,
+        dims=(case.dim,),
+        dim_weights=(1.0,),
     )
     return kernels.choose_strategy(problem, Needs(queries=True, documents=True))
 
@@ -483,7 +502,3 @@ def conclude(bench: Bench, jobs: Sequence[Job], gpu: str, args: argparse.Namespa
             print(f"\n{title}", *lines, sep="\n  ")
     if bench.failed:
         raise SystemExit("\n  ".join(["failed", *bench.failed]))
-
-
-if __name__ == "__main__":
-    harness.command_line(__doc__, add_arguments, run)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sbert_kernels.benchmarks import gradcache, peers
+from sbert_kernels.bench import gradcache, peers
 from sbert_kernels.demo import data, models
 
 SMALL = {"pairs": 10, "length": 32, "mini_batch": 4}

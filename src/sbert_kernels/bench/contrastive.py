@@ -5,7 +5,7 @@ which exist already, so that the loss alone is on the clock. Each case checks pa
 then times stock, torch.compile(stock) and ours in one process, and the matrix products that the case can't do without;
 then reads the peak extra memory of stock and of ours, each in a process of its own.
 
-    python benchmarks/contrastive.py [--quick]     or     python -m sbert_kernels bench contrastive [--quick]
+    python -m sbert_kernels bench contrastive [--quick]
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sbert_kernels.benchmarks import harness
-from sbert_kernels.benchmarks.peers import OURS, STOCK, Embedded, compiled, largest_error
+from sbert_kernels.bench import harness
+from sbert_kernels.bench.peers import OURS, STOCK, Embedded, compiled, largest_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUICK_BATCH = 256
@@ -321,7 +321,3 @@ def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) 
     row_gradient = harness.gemm_seconds(rows, dim, columns, dtype, repeats, device)  # [N, M] @ [M, D]
     column_gradient = harness.gemm_seconds(columns, dim, rows, dtype, repeats, device)  # [M, N] @ [N, D]
     return case.terms * (similarities * (2 if case.guided else 1) + row_gradient + column_gradient)
-
-
-if __name__ == "__main__":
-    harness.command_line(__doc__, add_arguments, run)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
-from sbert_kernels.benchmarks import contrastive
+from sbert_kernels.bench import contrastive
 
 
 def run(*options: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
-from sbert_kernels.benchmarks import training
-from sbert_kernels.benchmarks.steps import PARTS
+from sbert_kernels.bench import training
+from sbert_kernels.bench.steps import PARTS
 from sbert_kernels.demo import training as demo_training
 
 
