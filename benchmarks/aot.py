@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbert_kernels import settings
-from sbert_kernels.bench import harness
+from sbert_kernels import machine, settings
+from sbert_kernels.bench import arguments, harness
+from sbert_kernels.bench.report import Report
 
 TARGETS: dict[str, tuple[str, int | str]] = {
     **{f"sm_{arch}": ("cuda", arch) for arch in (75, 80, 86, 89, 90, 100, 120)},
@@ -122,13 +123,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options to a parser."""
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all of them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    harness.add_arguments(parser, quick="plain problems of bfloat16 at one dimension only", repeats=1)
+    arguments.add_arguments(parser, quick="plain problems of bfloat16 at one dimension only", repeats=1)
 
 
 def run(args: argparse.Namespace) -> None:
     """Compiles, prints the tables, writes the report; exits non-zero after it if a kernel has a fault."""
     kernels = compile_all(args.targets, args.quick, args.workers)
-    report = harness.Report("Triton kernels, compiled ahead of time", "aot", harness.machine(), harness.machine_line())
+    report = Report("Triton kernels, compiled ahead of time", "aot", machine.facts(), machine.line())
     for found in kernels:
         report.add(
             **{
@@ -155,10 +156,10 @@ def run(args: argparse.Namespace) -> None:
             }
         )
     harness.finish(report, args.output, [])
-    roofline = harness.Report("Roofline times of the contrastive loss, forward and backward", "aot-roofline")
+    roofline = Report("Roofline times of the contrastive loss, forward and backward", "aot-roofline")
     roofline.rows.extend(roofline_rows())
     harness.finish(roofline, args.output, [])
-    summary = harness.Report(report.title, "aot-summary", report.machine, report.machine_line)
+    summary = Report(report.title, "aot-summary", report.machine, report.machine_line)
     summary.rows.extend(summary_rows(kernels))
     faulty = [f"{k.target} {k.kernel} ({k.serves})" for k in kernels if k.faults]
     harness.finish(summary, args.output, faulty, "spills, too much shared memory, or products off the tensor cores")

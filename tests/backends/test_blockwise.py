@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sbert_kernels import contrastive_loss, use_backend
+from sbert_kernels import contrastive_loss, machine, use_backend
 from sbert_kernels import settings as library
-from sbert_kernels.bench import harness
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +61,6 @@ def forward_backward(n: int, dim: int, matryoshka_dims: tuple[int, ...] | None) 
 def test_memory_is_a_block_and_some_copies_of_the_inputs(matryoshka_dims: tuple[int, ...] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB; a block is 32 MiB and an operand 3. More prefixes take no more."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(forward_backward, n, dim, matryoshka_dims)
+    result = machine.run_in_process(forward_backward, n, dim, matryoshka_dims)
     assert result.value is True
     assert result.peak_extra_bytes < (32 + 8 * 3 + 16) * library.MIB

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbert_kernels import contrastive_loss, use_backend
+from sbert_kernels import contrastive_loss, machine, use_backend
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.backends.cpu.contrastive import Products
-from sbert_kernels.bench import harness
 
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
@@ -432,6 +431,6 @@ def test_memory_is_a_block_and_the_gradients(dims: list[int] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB. In float32 there are no copies of the inputs, and in no format of the
     gradients of 3 MiB."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(forward_backward, n, dim, dims)
+    result = machine.run_in_process(forward_backward, n, dim, dims)
     assert result.value is True
     assert result.peak_extra_bytes < cpu.LARGEST_BLOCK_BYTES + (2 * 3 + 6) * library.MIB

@@ -14,11 +14,12 @@ import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
 from sbert_kernels.bench import contrastive
+from sbert_kernels.bench.cases import contrastive as cases
 
 
 def run(*options: str) -> None:
     parser = argparse.ArgumentParser()
-    contrastive.add_arguments(parser)
+    cases.add_arguments(parser)
     contrastive.run(parser.parse_args(["--device", "cpu", *options]))
 
 

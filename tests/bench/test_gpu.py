@@ -17,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_kernels.bench import contrastive, gpu, gpu_jobs, gpu_peers, gpu_targets, harness, ranking
+from sbert_kernels import machine
+from sbert_kernels.bench import contrastive, gpu, gpu_peers
+from sbert_kernels.bench.cases import gpu as gpu_cases
+from sbert_kernels.bench.cases import ranking
 from sbert_kernels.bench.gpu_jobs import Budget, Job, Pace, in_batch, plan
-from sbert_kernels.bench.harness import Timing
-from sbert_kernels.bench.peers import OURS, STOCK, largest_error
+from sbert_kernels.bench.peers import largest_error
+from sbert_kernels.machine import Timing
+from sbert_kernels.workloads.recipes import OURS, STOCK
 
 
 class Clock:
@@ -98,8 +102,6 @@ def test_a_job_that_breaks_is_a_row_and_a_failure(bench: gpu.Bench, monkeypatch:
     (row,) = bench.reports["contrastive"].rows
     assert row["ours ms"] == row["note"] == "RuntimeError: an illegal memory access"
     assert bench.failed == ["contrastive: N=262144 D=768 bfloat16: RuntimeError: an illegal memory access"]
-    found = {verdict.target: verdict for verdict in gpu_targets.verdicts({"contrastive": [row]}, "NVIDIA L4")}
-    assert found["N=262144 runs"].met is False
 
 
 # -- times ------------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_the_row_of_the_in_batch_loss(bench: gpu.Bench) -> None:
 def test_matrix_products_of_many_rows_are_measured_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     monkeypatch.setattr(gpu, "GEMM_ENTRIES", 128)
-    monkeypatch.setattr(harness, "gemm_seconds", lambda m, n, k, *a, **kw: shapes.append((m, n, k)) or 2.0)
+    monkeypatch.setattr(machine, "gemm_seconds", lambda m, n, k, *a, **kw: shapes.append((m, n, k)) or 2.0)
     assert gpu.gemm_rate(in_batch(64, 8), "cpu") == 6 * 2 * 64 * 8 / 6.0
     assert shapes == [(2, 64, 8), (2, 8, 64), (64, 8, 2)]
 
@@ -178,7 +180,7 @@ def test_the_cost_model_answers_for_every_case() -> None:
     with launching.recording(launching.Target("cuda", 90)):
         for job in plan():
             if job.kind == "contrastive":
-                with harness.matmul_precision(job.precision):
+                with machine.matmul_precision(job.precision):
                     assert gpu.chosen_strategy(job.case) in ("tiled", "chunked")
 
 
@@ -203,12 +205,12 @@ def test_memory_is_that_of_ours_and_of_eager_where_it_fits(bench: gpu.Bench, mon
 
 
 def test_memory_of_a_process_that_breaks_is_a_failure(bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(target: Any, library: str, *args: Any) -> harness.ProcessResult:
+    def broken(target: Any, library: str, *args: Any) -> machine.ProcessResult:
         if library == OURS:
             raise RuntimeError("prepare failed in its own process:\nTraceback\nValueError: no kernel")
-        return harness.ProcessResult(peak_extra_bytes=2**20)
+        return machine.ProcessResult(peak_extra_bytes=2**20)
 
-    monkeypatch.setattr(harness, "run_in_process", broken)
+    monkeypatch.setattr(machine, "run_in_process", broken)
     row = gpu.memory_row(bench, Job("memory", in_batch(64, 8)))
     assert row["ours MiB"] == row["note"] == "ValueError: no kernel"
     assert row["eager MiB"] == 1.0
@@ -234,7 +236,7 @@ def test_the_row_of_other_losses(bench: gpu.Bench, case: Any) -> None:
 @pytest.mark.parametrize("job", [job for job in plan() if job.kind == "parity"], ids=lambda job: job.name)
 def test_parity_holds_where_no_kernel_is_in_play(bench: gpu.Bench, job: Job) -> None:
     size = {"rows": 70} if isinstance(job.case, ranking.Case) else {"batch": 70}
-    with harness.matmul_precision("highest"):
+    with machine.matmul_precision("highest"):
         row = gpu.parity_row(bench, replace(job, case=replace(job.case, **size)))
     assert row["verdict"] == "pass"
     assert row["limit"] > 2 * row["eager error"] > 0
@@ -319,7 +321,7 @@ def test_peers_compute_the_loss_that_stock_does(name: str, dim: int) -> None:
 
 
 def test_peers_that_are_not_there_are_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_peers.harness, "version", lambda name: "1" if name == "inf_cl" else None)
+    monkeypatch.setattr(gpu_peers.machine, "version", lambda name: "1" if name == "inf_cl" else None)
     for module in ("liger_kernel", "liger_kernel.transformers", "cut_cross_entropy", "inf_cl"):
         monkeypatch.setitem(sys.modules, module, None)
     found, missing = gpu_peers.load()
@@ -349,71 +351,12 @@ def test_half_precision_peers_have_no_float32_time(bench: gpu.Bench) -> None:
     assert callable(makes["liger-kernel"])
 
 
-# -- the targets ------------------------------------------------------------------------------------------------------
-
-
-def central(**values: Any) -> dict[str, Any]:
-    row = {"case": "main", "N": 65536, "D": 768, "dtype": "bfloat16", "ours ms": 10.0, "eager ms": 30.0}
-    return row | {"eager/ours": 3.0, "% of GEMM": 61.0, "inf-cl ms": 40.0, "compiled ms": 20.0} | values
-
-
-def words(rows: dict[str, list[dict[str, Any]]], card: str = "NVIDIA H100 80GB HBM3") -> dict[str, str]:
-    return {verdict.target: verdict.word for verdict in gpu_targets.verdicts(rows, card)}
-
-
-def test_targets_that_are_met_missed_and_not_measured() -> None:
-    where = "N=65536 D=768 bfloat16"
-    memory = {"N": 65536, "ours MiB": 1536.0}
-    assert words({"contrastive": [central()], "memory": [memory]}) == {
-        f"{where}: 2.5 times as fast as eager": "pass",
-        f"{where}: 60% of the GEMM rate": "pass",
-        f"{where}: at most 1536 MiB extra": "pass",
-        "faster than compiled at every N >= 4096": "pass",
-        "faster than liger-kernel at every N >= 4096": "not measured",
-        "faster than cut-cross-entropy at every N >= 4096": "not measured",
-        "faster than inf-cl at every N >= 4096": "pass",
-        "N=262144 runs": "not measured",
-        "never slower than eager at N >= 1024": "pass",
-    }
-    slow = central(**{"ours ms": 35.0, "eager/ours": 30 / 35, "% of GEMM": 17.0})
-    found = words({"contrastive": [slow], "memory": [memory | {"ours MiB": 1537.0}]})
-    assert [target for target, word in found.items() if word == "pass"] == ["faster than inf-cl at every N >= 4096"]
-    assert list(found.values()).count("FAIL") == 5
-    assert where not in " ".join(words({"contrastive": [central()]}, "NVIDIA A100"))
-
-
-def test_ours_out_of_memory_meets_no_target_and_no_time_for_it_misses_none() -> None:
-    broken = central(**{"ours ms": "out of memory", "eager/ours": math.nan, "% of GEMM": math.nan, "note": "tiled"})
-    assert set(words({"contrastive": [broken]}).values()) == {"FAIL", "not measured"}
-    assert words({"contrastive": [broken]})["never slower than eager at N >= 1024"] == "FAIL"
-    skipped = central(**{"ours ms": "not run: some 9.0 s a call", "eager/ours": math.nan, "% of GEMM": math.nan})
-    assert set(words({"contrastive": [skipped, skipped | {"N": 262144}]}).values()) == {"not measured"}
-
-
-def test_one_slower_loss_is_named() -> None:
-    losses = [{"case": "CoSENT", "N": 1024, "ours ms": 2.0, "eager ms": 1.0}]
-    found = gpu_targets.verdicts({"contrastive": [central()], "losses": losses}, "NVIDIA H200")
-    verdict = next(verdict for verdict in found if verdict.target.startswith("never slower"))
-    assert not verdict.met
-    assert verdict.found == "at least 0.5 times, in 2 cases; the least at CoSENT"
-
-
-def test_choices_of_the_slower_strategy_are_listed_with_the_ratio() -> None:
-    rows = [
-        {"case": "a", "chosen": "tiled", "faster": "chunked", "chosen/faster": 1.5},
-        {"case": "b", "chosen": "tiled", "faster": "chunked", "chosen/faster": 1.01},
-        {"case": "c", "chosen": "tiled", "faster": "tiled", "chosen/faster": math.nan},
-        {"case": "d", "note": "broken"},
-    ]
-    assert gpu_targets.wrong_choices(rows) == ["a: took tiled, chunked is 1.50 times as fast"]
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
 def arguments(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    gpu.add_arguments(parser)
+    gpu_cases.add_arguments(parser)
     return parser.parse_args(options)
 
 
@@ -439,23 +382,21 @@ def test_a_whole_run_writes_every_report(
         Job("memory", small),
         Job("losses", ranking.Case((ranking.COSENT,), 32, dim=None)),
     ]
-    gpu.conclude(bench, jobs, "a card", arguments("--output", str(tmp_path)))
+    gpu.conclude(bench, jobs, arguments("--output", str(tmp_path)))
     out = capsys.readouterr().out
     assert "pip install liger-kernel" in out
     assert "compiling ahead of time: nothing to do" in out
-    assert "not measured: N=262144 runs (-)" in out
-    for kind in gpu_jobs.KINDS:
+    for kind in gpu_cases.KINDS:
         assert (tmp_path / f"gpu-{kind}.png").stat().st_size > 0
         rows = json.loads((tmp_path / f"gpu-{kind}.json").read_text())["rows"]
         assert len(rows) == (2 if kind == "parity" else 1)  # one of a peer
     assert "| pass" in (tmp_path / "gpu-parity.md").read_text()
-    assert (tmp_path / "gpu-targets.md").exists()
 
 
 def test_failures_end_the_run_with_their_names(bench: gpu.Bench, tmp_path: Path) -> None:
     bench.failed.append("parity: N=1 D=2: wrong")
     with pytest.raises(SystemExit, match=r"failed\n  parity: N=1 D=2: wrong"):
-        gpu.conclude(bench, [], "a card", arguments("--output", str(tmp_path)))
+        gpu.conclude(bench, [], arguments("--output", str(tmp_path)))
 
 
 def test_compiling_ahead_tells_of_failures_and_stops_in_time(bench: gpu.Bench) -> None:

@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbert_kernels.bench import gradcache, peers
-from sbert_kernels.demo import data, models
+from sbert_kernels.bench.cases import gradcache as cases
+from sbert_kernels.workloads import models, texts
 
 SMALL = {"pairs": 10, "length": 32, "mini_batch": 4}
 
@@ -29,8 +30,8 @@ SMALL = {"pairs": 10, "length": 32, "mini_batch": 4}
 def _small(monkeypatch: pytest.MonkeyPatch, bert: Callable[..., SentenceTransformer]):
     """Few texts, of many lengths, and a tiny model."""
     bodies = [f"the number {i}{' and then one more' * (i % 7)}" for i in range(100)]
-    pairs = data.Pairs([(f"what is {i}", body) for i, body in enumerate(bodies)], "numbers")
-    monkeypatch.setattr(data, "docstring_pairs", lambda *packages: pairs)
+    pairs = texts.Pairs([(f"what is {i}", body) for i, body in enumerate(bodies)], "numbers")
+    monkeypatch.setattr(texts, "docstring_pairs", lambda *packages: pairs)
     monkeypatch.setattr(gradcache, "QUICK", SMALL)
     monkeypatch.setattr(gradcache, "gemm_rate", lambda model: 1e9)
     monkeypatch.setattr(models, "minilm_model", lambda: bert(torch.float32))
@@ -39,7 +40,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, bert: Callable[..., SentenceTransfor
 def run(output: Path, *options: str) -> list[dict[str, Any]]:
     """The rows of the report, which is written whether parity fails or not."""
     parser = argparse.ArgumentParser()
-    gradcache.add_arguments(parser)
+    cases.add_arguments(parser)
     gradcache.run(parser.parse_args([*options, "--output", str(output)]))
     return rows_of(output)
 
@@ -58,7 +59,7 @@ def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     text, trainer = "text N=10 L=32", "trainer N=10 L=32, 3 steps"
     assert [(row["case"], row["contender"]) for row in rows] == [
-        *((text, peer) for peer in gradcache.PEERS),
+        *((text, peer) for peer in cases.PEERS),
         *((trainer, peer) for peer in ("stock", "ours")),
     ]
     stock_row, by_tokens, uncached, *_ = rows
@@ -100,7 +101,7 @@ def test_a_full_run_meters_each_contender_in_a_process_of_its_own(
     monkeypatch.setattr(gradcache, "CASES", {name: replace(case, **SMALL) for name, case in gradcache.CASES.items()})
     rows = run(tmp_path, "--cases", "text", "trainer", "--steps", "2")
     assert all(row["peak extra MiB"] == 3.0 for row in rows)
-    assert [len(row["losses"]) for row in rows] == [1] * len(gradcache.PEERS) + [2] * 2
+    assert [len(row["losses"]) for row in rows] == [1] * len(cases.PEERS) + [2] * 2
 
 
 def test_a_step_that_cannot_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -178,6 +179,6 @@ def test_fewer_than_one_step_is_an_error(tmp_path: Path):
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gradcache.demo, "NEEDED", ("a_package_that_is_not_installed",))
+    monkeypatch.setattr(gradcache.requirements, "NEEDED", ("a_package_that_is_not_installed",))
     with pytest.raises(SystemExit, match="training needs a_package_that_is_not_installed: pip install"):
         run(tmp_path)

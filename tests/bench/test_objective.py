@@ -16,7 +16,8 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from sbert_kernels.bench import objective, peers
-from sbert_kernels.demo import models
+from sbert_kernels.bench.cases import objective as cases
+from sbert_kernels.workloads import models
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None, bert: Callable[.
 
 def run(*options: str) -> None:
     parser = argparse.ArgumentParser()
-    objective.add_arguments(parser)
+    cases.add_arguments(parser)
     objective.run(parser.parse_args(["--quick", *options]))
 
 
@@ -75,6 +76,6 @@ def test_a_wrong_objective_is_not_timed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(objective.demo, "NEEDED", ("a_package_that_is_not_installed",))
+    monkeypatch.setattr(objective.requirements, "NEEDED", ("a_package_that_is_not_installed",))
     with pytest.raises(SystemExit, match="training needs a_package_that_is_not_installed: pip install"):
         run()

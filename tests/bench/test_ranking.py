@@ -14,6 +14,7 @@ import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
 from sbert_kernels.bench import ranking
+from sbert_kernels.bench.cases import ranking as cases
 from sbert_kernels.bench.peers import largest_error
 
 MIB = 2**20
@@ -21,13 +22,13 @@ MIB = 2**20
 
 def run(*options: str) -> None:
     parser = argparse.ArgumentParser()
-    ranking.add_arguments(parser)
+    cases.add_arguments(parser)
     ranking.run(parser.parse_args(["--device", "cpu", "--quick", *options]))
 
 
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ranking.harness, "COPIED_BYTES", MIB)
+    monkeypatch.setattr(ranking.machine, "COPIED_BYTES", MIB)
 
 
 def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):

@@ -13,8 +13,9 @@ import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
 from sbert_kernels.bench import training
-from sbert_kernels.bench.steps import PARTS
-from sbert_kernels.demo import training as demo_training
+from sbert_kernels.bench.cases import training as cases
+from sbert_kernels.workloads.recipes import SIDES
+from sbert_kernels.workloads.steps import PARTS
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None):
 
 def run(*options: str) -> None:
     parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
+    cases.add_arguments(parser)
     training.run(parser.parse_args(["--quick", *options]))
 
 
@@ -60,7 +61,7 @@ def test_a_wrong_loss_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     wrong = types.ModuleType("wrong_losses")
     wrong.MultipleNegativesRankingLoss = WrongScale
     monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
-    monkeypatch.setitem(demo_training.SIDES, "sbert-kernels", wrong.__name__)
+    monkeypatch.setitem(SIDES, "sbert-kernels", wrong.__name__)
     with pytest.raises(SystemExit, match="parity failed: mnr"):
         run("--cases", "mnr", "--output", str(tmp_path))
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
@@ -75,6 +76,6 @@ def test_one_step_would_leave_nothing_to_time():
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(training.demo, "NEEDED", ("a_package_that_is_not_installed",))
+    monkeypatch.setattr(training.requirements, "NEEDED", ("a_package_that_is_not_installed",))
     with pytest.raises(SystemExit, match="training needs a_package_that_is_not_installed: pip install"):
         run()

@@ -14,124 +14,53 @@ import argparse
 import importlib
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sbert_kernels import machine
 from sbert_kernels.bench import harness
-from sbert_kernels.bench.peers import OURS, STOCK, Embedded, compiled, largest_error
+from sbert_kernels.bench.cases.contrastive import CASES, LARGE, PEERS, QUICK_BATCH, Case
+from sbert_kernels.bench.peers import Embedded, compiled, largest_error
+from sbert_kernels.bench.report import Chart, Report
+from sbert_kernels.workloads.recipes import OURS, STOCK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUICK_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the report: a loss class (named alike in both libraries), its options and the size of its inputs."""
-
-    loss: str
-    batch: int
-    cuda_batch: int
-    dim: int = 384
-    negatives: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    scale: float = 20.0  # what the options make of it; the inputs are drawn for it
-    terms: int = 1
-    dims: tuple[int, ...] = ()  # in a MatryoshkaLoss with these prefixes
-    dtype: str | None = None  # of the embeddings, where it is not --dtype
-    precision: str = "highest"  # of float32 products, as torch.set_float32_matmul_precision has it
-    alone: bool = False  # stock cannot run it: parity is that of a small batch, and only ours is timed
-    rounds: int = 1  # how many for each of --repeats: short calls need more samples
-    uncompiled: str | None = None  # why torch.compile is no peer here
-    timed: bool = True
-    memory: tuple[str, ...] = (STOCK, OURS)
-
-    @property
-    def guided(self) -> bool:
-        return "GIST" in self.loss
-
-    @property
-    def cached(self) -> bool:
-        return self.loss.startswith("Cached")
-
-
-MNR = "MultipleNegativesRankingLoss"
-FOUR_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-UNTRACEABLE = "the loss stage runs a backward for each of its mini-batches, which torch.compile can't trace"
-CASES = {
-    "mnr": Case(MNR, 8192, 32768),
-    "mnr-high": Case(MNR, 8192, 32768, precision="high"),
-    "mnr-medium": Case(MNR, 8192, 32768, precision="medium"),
-    "mnr-bfloat16": Case(MNR, 8192, 32768, dtype="bfloat16"),
-    "negatives": Case(MNR, 2048, 8192, dim=768, negatives=3),
-    "mnr-512": Case(MNR, 512, 4096, rounds=4),
-    "mnr-64": Case(MNR, 64, 512, rounds=20),
-    "directions": Case(MNR, 4096, 16384, options={"directions": FOUR_DIRECTIONS}, terms=4, precision="high"),
-    "symmetric": Case(MNR, 4096, 16384, options=SYMMETRIC, terms=2),
-    "gist": Case("GISTEmbedLoss", 512, 2048, scale=100.0, terms=3),
-    "gist-large": Case("GISTEmbedLoss", 8192, 32768, scale=100.0, terms=3, alone=True, memory=(OURS,)),
-    "matryoshka": Case(MNR, 8192, 32768, dim=512, dims=(512, 256, 128, 64, 32), precision="high"),
-    "matryoshka-bfloat16": Case(MNR, 8192, 32768, dim=512, dims=(512, 256, 128, 64, 32), dtype="bfloat16"),
-    "cached": Case(
-        f"Cached{MNR}",
-        8192,
-        32768,
-        dim=768,
-        options={"mini_batch_size": 64},
-        precision="high",
-        uncompiled=UNTRACEABLE,
-    ),
-    "memory": Case(MNR, 16384, 65536, timed=False),
-    "memory-large": Case(MNR, 65536, 262144, dim=768, timed=False, memory=(OURS,)),
-}
-LARGE = ("memory-large",)
-PEERS = ("stock", "stock float32", "compiled", "ours")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options to a parser."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
-    quick = f"batches of {QUICK_BATCH} at most, no compiled peer"
-    takes = "three minutes on two cores"
-    harness.add_arguments(parser, quick=quick, repeats=5, cases=CASES, large=LARGE, large_takes=takes)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
     cases = harness.begin(args, CASES, LARGE)
-    dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
-    report = harness.Report(
+    device = harness.device_of(args)
+    dtype = DTYPES[args.dtype or ("bfloat16" if device == "cuda" else "float32")]
+    report = Report(
         f"Contrastive losses: forward + backward{', quick run' if args.quick else ''}",
         "contrastive",
-        harness.machine() | {"dtype": str(dtype).removeprefix("torch.")},
-        harness.machine_line(dtype),
+        machine.facts() | {"dtype": str(dtype).removeprefix("torch.")},
+        machine.line(dtype),
         charts=(
-            harness.Chart(
-                "ms, median (times ours)", {"ours": "ours ms", "stock": "stock ms", "torch.compile": "compiled ms"}
-            ),
-            harness.Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "stock": "stock MiB"}),
+            Chart("ms, median (times ours)", {"ours": "ours ms", "stock": "stock ms", "torch.compile": "compiled ms"}),
+            Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "stock": "stock MiB"}),
         ),
     )
     print(report.machine_line)
     failed = []
     with tqdm(cases.items(), file=sys.stderr) as progress:
         for name, case in progress:
-            if args.device == "cuda":
+            if device == "cuda":
                 case = replace(case, batch=case.cuda_batch)
             if args.quick:
                 case = replace(case, batch=min(case.batch, QUICK_BATCH), uncompiled=case.uncompiled or "quick run")
-            with harness.matmul_precision(case.precision):
+            with machine.matmul_precision(case.precision):
                 row = _run_case(
                     name,
                     case,
                     DTYPES[case.dtype] if case.dtype else dtype,
-                    args.device,
+                    device,
                     args.repeats * case.rounds,
                     progress.set_description,
                 )
@@ -163,23 +92,23 @@ def _run_case(
         timings, why_not = _timings(case, dtype, device, repeats)
         notes += [why_not] if why_not else []
         for peer in PEERS:
-            timing = timings.get(peer, harness.Timing())
+            timing = timings.get(peer, machine.Timing())
             row[f"{peer} ms"] = timing.error or timing.median_s * 1e3
             row[f"{peer} samples ms"] = [seconds * 1e3 for seconds in timing.samples]
         ours = timings["ours"].median_s
         for peer in PEERS[:-1]:
-            row[f"{peer}/ours"] = timings.get(peer, harness.Timing()).median_s / ours
+            row[f"{peer}/ours"] = timings.get(peer, machine.Timing()).median_s / ours
         say(f"{name}: matrix products")
         products = _product_seconds(case, dtype, device, repeats)
         row |= {"products ms": products * 1e3, "ours/products": ours / products}
     for library in case.memory:
         peer = "ours" if library == OURS else "stock"
         say(f"{name}: memory of {peer}")
-        result = harness.run_in_process(prepare, library, case, dtype, device)
+        result = machine.run_in_process(prepare, library, case, dtype, device)
         row[f"{peer} MiB"] = result.cell
         if not case.timed and not result.error:
             notes.append(f"{peer} took {result.seconds:.2f} s, loss {result.value:.6f}")
-    row["gradients MiB"] = (2 + case.negatives) * case.batch * case.dim * dtype.itemsize / harness.MIB
+    row["gradients MiB"] = (2 + case.negatives) * case.batch * case.dim * dtype.itemsize / machine.MIB
     return row | {"note": "; ".join(notes)}
 
 
@@ -294,12 +223,12 @@ def _loss_and_gradients(library: str, case: Case, inputs: list[dict[str, Tensor]
     return [value.float(), *gradients]
 
 
-def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple[dict[str, harness.Timing], str | None]:
+def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple[dict[str, machine.Timing], str | None]:
     """Seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
     inputs = make_inputs(case, dtype, device)
     ours = make_step(make_loss(OURS, case), case, inputs)[0]
     if case.alone:
-        return harness.measure({"ours": ours}, repeats=repeats), "stock cannot run it: parity of a small batch"
+        return machine.measure({"ours": ours}, repeats=repeats), "stock cannot run it: parity of a small batch"
     contenders = {"stock": make_step(make_loss(STOCK, case), case, inputs)[0]}
     if dtype != torch.float32:  # most who train in low precision have a loss in float32 to compare with
         wide = [{key: value.float() for key, value in column.items()} for column in inputs]
@@ -308,7 +237,7 @@ def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple
     if not case.uncompiled:
         step, why_not = compiled(make_loss(STOCK, case), lambda loss: make_step(loss, case, inputs)[0])
         contenders |= {"compiled": step} if step else {}
-    return harness.measure(contenders | {"ours": ours}, repeats=repeats), why_not
+    return machine.measure(contenders | {"ours": ours}, repeats=repeats), why_not
 
 
 def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) -> float:
@@ -317,7 +246,7 @@ def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) 
     A guide adds one product a term: its own similarities. Narrower prefixes of a MatryoshkaLoss add none.
     """
     rows, columns, dim = case.batch, case.batch * (1 + case.negatives), case.dim
-    similarities = harness.gemm_seconds(rows, columns, dim, dtype, repeats, device)  # [N, D] @ [D, M]
-    row_gradient = harness.gemm_seconds(rows, dim, columns, dtype, repeats, device)  # [N, M] @ [M, D]
-    column_gradient = harness.gemm_seconds(columns, dim, rows, dtype, repeats, device)  # [M, N] @ [N, D]
+    similarities = machine.gemm_seconds(rows, columns, dim, dtype, repeats, device)  # [N, D] @ [D, M]
+    row_gradient = machine.gemm_seconds(rows, dim, columns, dtype, repeats, device)  # [N, M] @ [M, D]
+    column_gradient = machine.gemm_seconds(columns, dim, rows, dtype, repeats, device)  # [M, N] @ [N, D]
     return case.terms * (similarities * (2 if case.guided else 1) + row_gradient + column_gradient)

@@ -1,9 +1,10 @@
-"""Benchmark on one GPU: parity, then time and peak memory of the Triton kernels against their peers, and the targets.
+"""Benchmark on one GPU: parity, then time and peak memory of the Triton kernels against their peers.
 
 Losses run as users run them: the class, its forward, loss.backward(), on embeddings that exist already. Jobs run in
 order of importance until `--minutes` are spent; what is left then is listed as not run. Errors and running out of
 memory are results. Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes;
-they are read against the same three products by the vendor's library.
+they are read against the same three products by the vendor's library. Which of the project's own targets a run meets
+says ``python -m benchmarks.targets`` in a clone.
 
     python -m sbert_kernels bench gpu [--quick]
 """
@@ -27,12 +28,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sbert_kernels import contrastive_loss, settings
+from sbert_kernels import contrastive_loss, machine, settings
 from sbert_kernels.backends.triton import obstacle
 from sbert_kernels.bench import contrastive, gpu_peers, harness, ranking
-from sbert_kernels.bench.gpu_jobs import KINDS, LEAST_SECONDS, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
-from sbert_kernels.bench.gpu_targets import NOT_RUN, verdicts, wrong_choices
-from sbert_kernels.bench.peers import OURS, STOCK, compiled, largest_error
+from sbert_kernels.bench.cases.gpu import KINDS
+from sbert_kernels.bench.gpu_jobs import LEAST_SECONDS, NOT_RUN, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
+from sbert_kernels.bench.peers import compiled, largest_error
+from sbert_kernels.bench.report import Chart, Report
+from sbert_kernels.workloads.recipes import OURS, STOCK
 
 # What roundings alone may add to twice eager's error, which luck can make small.
 FEW_ROUNDINGS = {"bfloat16": 2**-7, "float32": 2**-21}
@@ -61,7 +64,7 @@ class Bench:
     pace: Pace = field(default_factory=Pace)
     failed: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
-    reports: dict[str, harness.Report] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
 
     def run(self, jobs: Iterable[Job], say: Callable[[str], None] = lambda text: None) -> None:
         """Runs what there is time for. A row with a note is one in which something of ours failed."""
@@ -71,7 +74,7 @@ class Bench:
                 continue
             say(f"{job.kind}: {job.name}")
             try:
-                with harness.matmul_precision(job.precision):
+                with machine.matmul_precision(job.precision):
                     row = _RUNNERS[job.kind](self, job)
             except Exception as error:
                 row = job.columns | {OURS_COLUMN[job.kind]: reason(error), "note": reason(error)}
@@ -83,8 +86,8 @@ class Bench:
 
 def reason(error: BaseException) -> str:
     """An exception in one line."""
-    if harness.is_out_of_memory(error):
-        return harness.OUT_OF_MEMORY
+    if machine.is_out_of_memory(error):
+        return machine.OUT_OF_MEMORY
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else repr(error)
 
@@ -133,7 +136,7 @@ def parity_row(bench: Bench, job: Job) -> dict[str, Any]:
     if isinstance(case, ranking.Case):
         errors["ours"], eager, _ = ranking.parity(case, bench.device)
     else:
-        inputs = contrastive.make_inputs(case, job.dtype, bench.device)
+        inputs = contrastive.make_inputs(case, contrastive.DTYPES[job.case.dtype], bench.device)
         exact = _loss_and_gradients(loss_of(STOCK, job), case, inputs, torch.float64)
         eager = largest_error(_loss_and_gradients(loss_of(STOCK, job), case, inputs), exact)
         for strategy in settings.STRATEGIES:
@@ -198,7 +201,7 @@ Make = Callable[[], Callable[[], object]]
 def contenders(bench: Bench, job: Job) -> dict[str, Make | str]:
     """How to make the step of each contender, or why there is none."""
     case = job.case
-    inputs = contrastive.make_inputs(case, job.dtype, bench.device)
+    inputs = contrastive.make_inputs(case, contrastive.DTYPES[job.case.dtype], bench.device)
 
     def step_of(loss: nn.Module) -> Callable[[], object]:
         return contrastive.make_step(loss, case, inputs)[0]
@@ -236,25 +239,25 @@ def timed(
     repeats: int,
     budget: Budget,
     expected: Callable[[str], float] = lambda name: 0.0,
-) -> dict[str, harness.Timing]:
+) -> dict[str, machine.Timing]:
     """Times in one process what can be made and run, and that there is time for; says of the rest why not.
 
     Each contender first runs by itself, so that what breaks one is no matter to the others.
     """
-    results: dict[str, harness.Timing] = {}
+    results: dict[str, machine.Timing] = {}
     steps: dict[str, Callable[[], object]] = {}
     for name, make in makes.items():
         if isinstance(make, str):
-            results[name] = harness.Timing(error=make)
+            results[name] = machine.Timing(error=make)
             continue
         if 2 * expected(name) > budget.left():
-            results[name] = harness.Timing(error=f"{NOT_RUN}: some {expected(name):.1f} s a call")
+            results[name] = machine.Timing(error=f"{NOT_RUN}: some {expected(name):.1f} s a call")
             continue
         try:
             step = make()
-            results[name] = harness.measure({name: step}, repeats=1)[name]
+            results[name] = machine.measure({name: step}, repeats=1)[name]
         except Exception as error:
-            results[name] = harness.Timing(error=reason(error))
+            results[name] = machine.Timing(error=reason(error))
         if results[name].error:
             _release()
         else:
@@ -263,7 +266,7 @@ def timed(
     room = min(ROW_SECONDS, budget.left())
     if steps and sum(seconds) < room:
         rounds = min(repeats, LONG_ROUNDS) if max(seconds) > LONG_SECONDS else repeats
-        results |= harness.measure(steps, repeats=rounds, warmup=0, budget_s=room)
+        results |= machine.measure(steps, repeats=rounds, warmup=0, budget_s=room)
     return results
 
 
@@ -272,7 +275,7 @@ def gemm_rate(case: contrastive.Case, device: str) -> float:
     n, m, dim, dtype = case.batch, case.batch * (1 + case.negatives), case.dim, contrastive.DTYPES[case.dtype]
     n = min(n, max(1, GEMM_ENTRIES // m))
     seconds = sum(
-        harness.gemm_seconds(*shape, dtype, repeats=3, device=device)
+        machine.gemm_seconds(*shape, dtype, repeats=3, device=device)
         for shape in ((n, m, dim), (n, dim, m), (m, dim, n))  # [n, D] @ [D, M], [n, M] @ [M, D], [M, n] @ [n, D]
     )
     return 6.0 * n * m * dim / seconds
@@ -310,7 +313,7 @@ def chosen_strategy(case: contrastive.Case) -> str:
 
 
 def columns_of(
-    case: contrastive.Case, timings: Mapping[str, harness.Timing], chosen: str, rate: float
+    case: contrastive.Case, timings: Mapping[str, machine.Timing], chosen: str, rate: float
 ) -> dict[str, Any]:
     """The columns of a row of the in-batch loss. Ours is the strategy that the cost model chose."""
     timings = {"ours": timings[chosen], **timings}
@@ -338,7 +341,7 @@ def contrastive_row(bench: Bench, job: Job) -> dict[str, Any]:
     return row | note_of({name: timings[name] for name in settings.STRATEGIES})
 
 
-def note_of(timings: Mapping[str, harness.Timing]) -> dict[str, str]:
+def note_of(timings: Mapping[str, machine.Timing]) -> dict[str, str]:
     """The column that says what of ours failed, if anything did."""
     errors = {name: timing.error for name, timing in timings.items() if timing.error}
     broken = [f"{name}: {error}" for name, error in errors.items() if not error.startswith(NOT_RUN)]
@@ -351,17 +354,18 @@ def note_of(timings: Mapping[str, harness.Timing]) -> dict[str, str]:
 def memory_row(bench: Bench, job: Job) -> dict[str, Any]:
     """Peak extra memory of ours and of eager torch, each in a process of its own."""
     case, row = job.case, job.columns
+    dtype = contrastive.DTYPES[case.dtype]
     matrix = too_large(case, free_bytes())
     for name, library in (("ours", OURS), ("eager", STOCK)):
         if name == "eager" and matrix:
             row["eager MiB"] = matrix
             continue
         try:
-            result = harness.run_in_process(contrastive.prepare, library, case, job.dtype, bench.device)
+            result = machine.run_in_process(contrastive.prepare, library, case, dtype, bench.device)
             row[f"{name} MiB"] = result.cell
         except RuntimeError as error:  # its last line is what was raised in there
             row[f"{name} MiB"] = str(error).strip().splitlines()[-1]
-    row["gradients MiB"] = 2 * case.batch * case.dim * job.dtype.itemsize / harness.MIB
+    row["gradients MiB"] = 2 * case.batch * case.dim * dtype.itemsize / machine.MIB
     return row | ({"note": row["ours MiB"]} if isinstance(row["ours MiB"], str) else {})
 
 
@@ -372,7 +376,7 @@ def losses_row(bench: Bench, job: Job) -> dict[str, Any]:
     def step_of(library: str) -> Callable[[], object]:
         if isinstance(case, ranking.Case):
             return ranking.make_step(ranking.make_loss(library, case), *ranking.make_inputs(case, bench.device))[0]
-        inputs = contrastive.make_inputs(case, job.dtype, bench.device)
+        inputs = contrastive.make_inputs(case, contrastive.DTYPES[job.case.dtype], bench.device)
         return contrastive.make_step(contrastive.make_loss(library, case), case, inputs)[0]
 
     makes = {"ours": partial(step_of, OURS), "eager": partial(step_of, STOCK)}
@@ -423,11 +427,11 @@ def _compile(device: str, backend: str | None, until: float, job: Job) -> str | 
         return None
     torch.set_num_threads(1)
     try:
-        with harness.matmul_precision(job.precision):
+        with machine.matmul_precision(job.precision):
             if isinstance(job.case, ranking.Case):
                 ranking.parity(job.case, device)
                 return None
-            inputs = contrastive.make_inputs(job.case, job.dtype, device)
+            inputs = contrastive.make_inputs(job.case, contrastive.DTYPES[job.case.dtype], device)
             for strategy in settings.STRATEGIES:
                 with settings.override(backend=backend, strategy=strategy):
                     _loss_and_gradients(loss_of(OURS, job), job.case, inputs)
@@ -439,47 +443,38 @@ def _compile(device: str, backend: str | None, until: float, job: Job) -> str | 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options to a parser."""
-    parser.add_argument("--minutes", type=float, default=8.5, help="then no further job begins (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which jobs (default: all)")
-    harness.add_arguments(parser, quick="parity and two sizes of the in-batch loss", repeats=12)
-
-
-def new_reports() -> dict[str, harness.Report]:
+def new_reports() -> dict[str, Report]:
     """An empty report for each kind of job."""
     names = {"ours": "ours ms", "eager": "eager ms", "torch.compile": "compiled ms"}
-    times = harness.Chart("ms, median (times ours)", {**names, **{name: f"{name} ms" for name in gpu_peers.PEERS}})
+    times = Chart("ms, median (times ours)", {**names, **{name: f"{name} ms" for name in gpu_peers.PEERS}})
     charts = {
-        "parity": harness.Chart("error against float64", {"tiled": "tiled error", "eager": "eager error"}),
+        "parity": Chart("error against float64", {"tiled": "tiled error", "eager": "eager error"}),
         "contrastive": times,
-        "memory": harness.Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "eager": "eager MiB"}),
-        "losses": harness.Chart("ms, median (times ours)", {"ours": "ours ms", "eager": "eager ms"}),
+        "memory": Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "eager": "eager MiB"}),
+        "losses": Chart("ms, median (times ours)", {"ours": "ours ms", "eager": "eager ms"}),
     }
-    machine = harness.machine() | {p.distribution: harness.version(p.distribution) for p in gpu_peers.PEERS.values()}
+    facts = machine.facts() | {p.distribution: machine.version(p.distribution) for p in gpu_peers.PEERS.values()}
     return {
-        kind: harness.Report(
-            f"On a GPU: {text}", f"gpu-{kind}", machine, harness.machine_line(), charts=(charts[kind],)
-        )
+        kind: Report(f"On a GPU: {text}", f"gpu-{kind}", facts, machine.line(), charts=(charts[kind],))
         for kind, text in KINDS.items()
     }
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the jobs, prints tables and targets, writes the reports; exits non-zero at the end if ours failed."""
+    """Runs the command: exits with status 2 where there is no GPU that the Triton kernels can use."""
     harness.begin(args)
     why_not = obstacle("cuda", by_name=True) if torch.cuda.is_available() else "torch sees none"
     if why_not is not None:
         print(f"bench gpu needs a GPU ({why_not}); where there is one: {COMMAND}", file=sys.stderr)
         raise SystemExit(2)
     bench = Bench("cuda", args.repeats, Budget(60 * args.minutes), reports=new_reports())
-    print(harness.machine_line())
+    print(machine.line())
     jobs = [job for job in plan(args.quick) if job.kind in args.kinds]
-    conclude(bench, jobs, torch.cuda.get_device_name(), args)
+    conclude(bench, jobs, args)
 
 
-def conclude(bench: Bench, jobs: Sequence[Job], gpu: str, args: argparse.Namespace) -> None:
-    """Everything after the look for a GPU."""
+def conclude(bench: Bench, jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Runs the jobs, prints and writes the reports; exits non-zero at the end if a row of ours failed."""
     bench.peers, bench.missing = gpu_peers.load()
     for text in (gpu_peers.advice(bench.missing), compile_ahead(bench, jobs)):
         if text:
@@ -487,18 +482,10 @@ def conclude(bench: Bench, jobs: Sequence[Job], gpu: str, args: argparse.Namespa
     bench.reports["parity"].rows.extend(check_peers(bench))
     with tqdm(jobs, file=sys.stderr) as progress:
         bench.run(progress, progress.set_description)
-    targets = harness.Report("On a GPU: the targets", "gpu-targets", harness.machine(), harness.machine_line())
-    for verdict in verdicts({kind: report.rows for kind, report in bench.reports.items()}, gpu):
-        targets.add(target=verdict.target, verdict=verdict.word, found=verdict.found)
-    for report in (*bench.reports.values(), targets):
+    for report in bench.reports.values():
         if report.rows:
             harness.finish(report, args.output, [])
-    for title, lines in (
-        ("targets", [f"{row['verdict']}: {row['target']} ({row['found']})" for row in targets.rows]),
-        ("the cost model took the slower strategy", wrong_choices(bench.reports["contrastive"].rows)),
-        ("not run: the time was spent", bench.not_run),
-    ):
-        if lines:
-            print(f"\n{title}", *lines, sep="\n  ")
+    if bench.not_run:
+        print("\nnot run: the time was spent", *bench.not_run, sep="\n  ")
     if bench.failed:
         raise SystemExit("\n  ".join(["failed", *bench.failed]))

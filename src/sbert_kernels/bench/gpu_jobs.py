@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sbert_kernels.bench import contrastive, ranking
-from sbert_kernels.bench.contrastive import FOUR_DIRECTIONS, MNR
+from sbert_kernels.bench.cases import contrastive, ranking
+from sbert_kernels.bench.cases.contrastive import FOUR_DIRECTIONS, MNR
 
 PARITY_ROWS = 1000  # no multiple of any tile
+NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
 MATRYOSHKA = (768, 512, 256, 128, 64)
 
 
@@ -28,10 +27,6 @@ class Job:
     @property
     def precision(self) -> str:
         return getattr(self.case, "precision", "highest")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return contrastive.DTYPES[self.case.dtype]
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -58,12 +53,6 @@ def in_batch(rows: int, dim: int, dtype: str = "bfloat16", **values: Any) -> con
     return contrastive.Case(MNR, rows, rows, dim=dim, dtype=dtype, **values)
 
 
-KINDS = {
-    "parity": "errors beside eager's, both against float64",
-    "contrastive": "time of the in-batch loss",
-    "memory": "peak extra memory of the in-batch loss",
-    "losses": "time of the ranking losses and of Matryoshka",
-}
 OURS_COLUMN = {"parity": "tiled error", "contrastive": "ours ms", "memory": "ours MiB", "losses": "ours ms"}
 # Seconds that have to be left for a job to begin: what it may take, so that the last one ends in time.
 LEAST_SECONDS = {"parity": 5.0, "contrastive": 20.0, "memory": 30.0, "losses": 10.0}

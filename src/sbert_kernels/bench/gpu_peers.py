@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_kernels.bench import harness
+from sbert_kernels import machine
 
 # hidden states (N, D), weights (M, D) and targets (N,) to the mean cross-entropy of hidden @ weights.T
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -80,7 +80,7 @@ def load() -> tuple[dict[str, CrossEntropy], dict[str, str]]:
         try:
             found[name] = peer.load()
         except Exception as error:  # whatever a package does at its import: it is not ours to mend
-            absent = harness.version(peer.distribution) is None
+            absent = machine.version(peer.distribution) is None
             missing[name] = "not installed" if absent else f"import failed: {type(error).__name__}: {error}"
     return found, missing
 

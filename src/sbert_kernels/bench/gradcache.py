@@ -34,24 +34,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sbert_kernels import demo
+from sbert_kernels import machine
 from sbert_kernels.bench import harness
+from sbert_kernels.bench.cases.gradcache import CASES, QUICK, QUICK_STEPS, Case
 from sbert_kernels.bench.peers import (
-    OURS,
     PARITY_LIMIT,
-    STOCK,
     features_of,
     gradient_difference,
     loss_and_gradients,
     make_step,
 )
-from sbert_kernels.bench.training import QUICK_PACKAGES, mixed_rows, read_pairs
-from sbert_kernels.demo.options import DEFAULTS, DemoError
+from sbert_kernels.bench.report import Report, StackedChart
+from sbert_kernels.bench.training import mixed_rows, read_pairs
+from sbert_kernels.workloads import requirements
+from sbert_kernels.workloads.recipes import LEARNING_RATES, OURS, STOCK
+from sbert_kernels.workloads.requirements import UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from sbert_kernels.demo.data import Pair
+    from sbert_kernels.workloads.texts import Pair
 
 CACHED, UNCACHED = "CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss"
 WARMUP_PAIRS = 4
@@ -59,39 +61,6 @@ GEMM_ROWS = 4096
 GIB = 2**30
 # Rows of nearly equal length hold nearly the same: one of each multiple of this many tokens is measured.
 LENGTH_STEP = 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the report for each of its peers."""
-
-    pairs: int  # a step
-    length: int  # tokens of a row, at most
-    peers: tuple[str, ...]
-    equal: bool = False  # only pairs that fill the length on both sides
-    steps: int = 0  # of the Trainer; 0: one step without an optimizer
-    mini_batch: int = 32  # rows
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The budgets of a mini-batch, in tokens, that stock gets to choose from; ours gets the middle one."""
-        return tuple(self.mini_batch * length for length in (64, 128, 256))
-
-    @property
-    def tried_pairs(self) -> int:
-        """Pairs on which stock's budgets are tried, and on which parity is checked: of several mini-batches."""
-        return min(self.pairs, self.mini_batch + self.mini_batch // 4)
-
-
-PEERS = ("stock", "stock by tokens", "stock uncached", "ours", "ours by tokens", "ours, half kept")
-CASES = {
-    "text": Case(512, 256, PEERS),
-    "equal": Case(256, 64, ("stock", "stock uncached", "ours", "ours, half kept"), equal=True),
-    "few": Case(48, 256, ("stock", "stock uncached", "ours", "ours, half kept")),
-    "trainer": Case(32, 128, ("stock", "ours"), steps=50, mini_batch=8),
-}
-QUICK = {"pairs": 10, "length": 32, "mini_batch": 4}
-QUICK_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -121,47 +90,34 @@ class Outcome:
     tokens: Tokens
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options to a parser."""
-    quick = (
-        f"{QUICK['pairs']} pairs of at most {QUICK['length']} tokens, docstrings of {', '.join(QUICK_PACKAGES)} alone, "
-        "all in this process, hence no memory"
-    )
-    steps = CASES["trainer"].steps
-    parser.add_argument(
-        "--steps", type=int, help=f"steps of the Trainer (default: {steps}; in a quick run {QUICK_STEPS})"
-    )
-    harness.add_arguments(parser, quick=quick, repeats=1, cases=CASES)
-
-
 def run(args: argparse.Namespace) -> None:
     """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
     if args.steps is not None and args.steps < 1:
         raise SystemExit(f"argument --steps: got {args.steps}, wanted at least 1")
     cases = {name: _sized(case, args) for name, case in harness.begin(args, CASES).items()}
     try:
-        demo.require_packages()
+        requirements.require_packages()
         pairs = read_pairs(args.quick)
-    except DemoError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from error
 
-    from sbert_kernels.demo.training import quiet_libraries
+    from sbert_kernels.workloads.training import quiet_libraries
 
     quiet_libraries()
     data = f"{len(pairs.pairs):,} pairs from {pairs.source}"
     rate = gemm_rate(build_model(CASES["text"]))
-    report = harness.Report(
+    report = Report(
         f"Gradient cache, MiniLM: forward + backward{', quick run' if args.quick else ''}",
         "gradcache",
-        harness.machine() | {"dtype": "float32", "data": data, "GEMM GFLOP/s": rate / 1e9},
-        f"{harness.machine_line(torch.float32)}\n{data}; a GEMM runs at {rate / 1e9:,.0f} GFLOP/s",
+        machine.facts() | {"dtype": "float32", "data": data, "GEMM GFLOP/s": rate / 1e9},
+        f"{machine.line(torch.float32)}\n{data}; a GEMM runs at {rate / 1e9:,.0f} GFLOP/s",
         charts=(
-            harness.StackedChart(
+            StackedChart(
                 "seconds, median: the floor, and what is above it",
                 {"floor": "floor s", "above": "above floor s"},
                 ("case", "contender"),
             ),
-            harness.StackedChart("MiB, peak extra memory", {"peak": "peak extra MiB"}, ("case", "contender")),
+            StackedChart("MiB, peak extra memory", {"peak": "peak extra MiB"}, ("case", "contender")),
         ),
     )
     print(report.machine_line)
@@ -198,16 +154,16 @@ def _run_case(
         note = f"not timed: the contenders differ by more than {PARITY_LIMIT:.2g}"
         return [row | {"note": note} for row in rows.values()]
 
-    meter = _in_this_process if args.quick else harness.run_in_process
+    meter = _in_this_process if args.quick else machine.run_in_process
     contenders, notes = _contenders(model, case, texts[: case.pairs]), dict.fromkeys(case.peers, "")
     if "stock by tokens" in case.peers:
         say(f"{name}: stock's budgets of tokens")
         contenders["stock by tokens"], notes["stock by tokens"] = _best_by_tokens(case, texts, args.output, meter)
-    results: dict[str, list[harness.ProcessResult]] = {peer: [] for peer in case.peers}
+    results: dict[str, list[machine.ProcessResult]] = {peer: [] for peer in case.peers}
     if "stock uncached" in case.peers:
         needed = _uncached_bytes(model, texts[: case.pairs])
         if needed > (_ram_bytes() or math.inf):  # the system would end more than this process
-            results["stock uncached"].append(harness.ProcessResult(error=harness.OUT_OF_MEMORY))
+            results["stock uncached"].append(machine.ProcessResult(error=machine.OUT_OF_MEMORY))
             notes["stock uncached"] = f"not tried: its activations alone take {needed / GIB:,.0f} GiB"
     for i in range(args.repeats):
         for peer, contender in contenders.items():
@@ -223,8 +179,8 @@ def _run_case(
 
 
 def _measured(
-    results: Sequence[harness.ProcessResult],
-    stock: Sequence[harness.ProcessResult],
+    results: Sequence[machine.ProcessResult],
+    stock: Sequence[machine.ProcessResult],
     curves: bool,
     floor_of: Callable[[Tokens], float],
 ) -> dict[str, Any]:
@@ -232,7 +188,7 @@ def _measured(
     error = next((result.error for result in results if result.error), None)
     if error:
         return {"s": error, "peak extra MiB": error}
-    timing, stock_timing = (harness.Timing(tuple(r.seconds for r in rs if not r.error)) for rs in (results, stock))
+    timing, stock_timing = (machine.Timing(tuple(r.seconds for r in rs if not r.error)) for rs in (results, stock))
     seconds, tokens = timing.median_s, results[0].value.tokens
     floor = floor_of(tokens)
     row = {
@@ -250,7 +206,7 @@ def _measured(
         "peak extra MiB": max((r.cell for r in results if r.cell is not None), default=None),
     }
     if curves and results is not stock and not stock[0].error:
-        from sbert_kernels.bench.steps import Recording, difference
+        from sbert_kernels.workloads.steps import Recording, difference
 
         row["loss curves differ"] = difference(*(Recording(rs[0].value.losses, []) for rs in (stock, results)))
     return row
@@ -261,7 +217,7 @@ def _measured(
 
 def build_model(case: Case) -> SentenceTransformer:
     """The model in training mode; without dropout where the Trainer's loss curves are compared."""
-    from sbert_kernels.demo import models
+    from sbert_kernels.workloads import models
 
     model = models.minilm_model()
     model.max_seq_length = case.length
@@ -303,7 +259,7 @@ def make_loss(contender: Contender, model: SentenceTransformer) -> nn.Module:
 
 def prepare(contender: Contender, case: Case, pairs: Sequence[Pair], output: Path) -> Callable[[], Outcome]:
     """For `run_in_process`: imports, the model, a warm-up on a few pairs; what it returns is metered."""
-    from sbert_kernels.demo import training
+    from sbert_kernels.workloads import training
 
     training.quiet_libraries()
     model = build_model(case)
@@ -312,19 +268,19 @@ def prepare(contender: Contender, case: Case, pairs: Sequence[Pair], output: Pat
     model.zero_grad(set_to_none=True)  # the gradients count
     tokens = count_tokens(model, loss)
     if case.steps:
-        settings = training.Settings(case.pairs, case.steps, DEFAULTS["mnr"]["minilm"].lr, 0, output)
+        settings = training.Settings(case.pairs, case.steps, LEARNING_RATES["minilm"], 0, output)
         train = training.prepare(model, loss, pairs, settings)
         return lambda: Outcome(train().losses, tokens)
     step = make_step(model, [loss], features_of(model, pairs[: case.pairs]))
     return lambda: Outcome([step().item()], tokens)
 
 
-def _in_this_process(target: Callable[..., Callable[[], Any]], *args: Any) -> harness.ProcessResult:
+def _in_this_process(target: Callable[..., Callable[[], Any]], *args: Any) -> machine.ProcessResult:
     """As `run_in_process`, but in this one, where the peak of memory is not to be had."""
     call = target(*args)
     values = []
-    timing = harness.measure({"call": lambda: values.append(call())}, repeats=1, warmup=0)["call"]
-    return harness.ProcessResult(*values, error=timing.error, seconds=timing.median_s)
+    timing = machine.measure({"call": lambda: values.append(call())}, repeats=1, warmup=0)["call"]
+    return machine.ProcessResult(*values, error=timing.error, seconds=timing.median_s)
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
@@ -349,7 +305,7 @@ def _parity(model: SentenceTransformer, case: Case, pairs: Sequence[Pair]) -> di
 
 
 def _best_by_tokens(
-    case: Case, pairs: Sequence[Pair], output: Path, meter: Callable[..., harness.ProcessResult]
+    case: Case, pairs: Sequence[Pair], output: Path, meter: Callable[..., machine.ProcessResult]
 ) -> tuple[Contender, str]:
     """Stock with the budget that is the fastest on a part of the batch, and a note on what the others took."""
     few = replace(case, pairs=2 * case.mini_batch)
@@ -413,7 +369,7 @@ def _uncached_bytes(model: SentenceTransformer, pairs: Sequence[Pair]) -> int:
 
 
 def _ram_bytes() -> float | None:
-    gib = harness.machine()["ram_gib"]
+    gib = machine.facts()["ram_gib"]
     return gib and gib * GIB
 
 
@@ -430,4 +386,4 @@ def gemm_rate(model: SentenceTransformer) -> float:
     """FLOP a second of the model's widest layer, as a plain product of matrices."""
     config = model[0].model.config
     shape = (GEMM_ROWS, config.intermediate_size, config.hidden_size)
-    return 2 * math.prod(shape) / harness.gemm_seconds(*shape, torch.float32)
+    return 2 * math.prod(shape) / machine.gemm_seconds(*shape, torch.float32)

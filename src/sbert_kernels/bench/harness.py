@@ -1,101 +1,26 @@
-"""The one timer and the one peak-memory meter of the project, and what they are read against.
-
-Peers are timed in one process in the order A B A B ..., so that whatever else the machine does meets all of them alike.
-Peak memory is read in a process of its own, because allocators keep what an earlier contender has freed. Running out of
-memory is a result, not a crash. `report`, beside this file, writes the numbers down; its names can be had from here.
-"""
+"""What all benchmarks do before and after they measure: threads and cases, then the printed and written report."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import importlib
-import importlib.metadata
-import importlib.util
-import math
-import multiprocessing
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from sbert_kernels.bench.report import Chart, Report, StackedChart
+from sbert_kernels.bench.report import Report
 
-__all__ = [
-    "MIB",
-    "OUT_OF_MEMORY",
-    "Chart",
-    "ProcessResult",
-    "Report",
-    "StackedChart",
-    "Timing",
-    "add_arguments",
-    "begin",
-    "command_line",
-    "copy_bandwidth",
-    "finish",
-    "gemm_seconds",
-    "is_out_of_memory",
-    "machine",
-    "machine_line",
-    "matmul_precision",
-    "measure",
-    "run_in_process",
-    "version",
-]
-
-OUT_OF_MEMORY = "out of memory"
-MIB = 2**20
-COPIED_BYTES = 512 * MIB
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    *,
-    quick: str,
-    repeats: int,
-    cases: Mapping[str, Any] | None = None,
-    large: Sequence[str] = (),
-    large_takes: str = "",
-) -> None:
-    """Adds the options that every benchmark has; `quick` says what a quick run leaves out.
-
-    Those with several `cases` let their user choose; the `large` of them run only when asked for, and take so long.
-    """
-    if cases:
-        parser.add_argument(
-            "--cases", nargs="+", choices=cases, metavar="CASE", help=f"which cases: {', '.join(cases)}"
-        )
-    if large:
-        parser.add_argument("--large", action="store_true", help=f"add {', '.join(large)} ({large_takes})")
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--threads", type=int, help="torch threads; default: as torch chooses")
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds of each case (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("sbert-kernels-bench"), help="folder (default: %(default)s)"
-    )
+Case = TypeVar("Case")
 
 
 def begin(
-    args: argparse.Namespace, cases: Mapping[str, Any] | None = None, large: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Sets the threads that were asked for and returns the cases that were, of a benchmark that has several."""
+    args: argparse.Namespace, cases: Mapping[str, Case] | None = None, large: Sequence[str] = ()
+) -> dict[str, Case]:
+    """Sets the threads that the command line names, and returns the cases that it asks for.
+
+    Without names these are all but the large ones. A benchmark that has no cases gets an empty dictionary.
+    """
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if not cases:
@@ -104,15 +29,9 @@ def begin(
     return {name: cases[name] for name in [*names, *(large if large and args.large else ())]}
 
 
-def command_line(
-    description: str,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], None],
-) -> None:
-    """The command line of a benchmark's own file; `description` is the docstring of its module."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    add_arguments(parser)
-    run(parser.parse_args())
+def device_of(args: argparse.Namespace) -> str:
+    """Returns the device that the command line names; without one "cuda" where torch can use it, else "cpu"."""
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def finish(report: Report, output: Path, failed: Sequence[str], what: str = "parity failed") -> None:
@@ -123,333 +42,12 @@ def finish(report: Report, output: Path, failed: Sequence[str], what: str = "par
         raise SystemExit(f"{what}: {', '.join(failed)}")
 
 
-# -- the machine ------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """What a number depends on: hardware, threads, versions and torch's precision knob. Unknown values are None."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "ram_gib": _ram_gib(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "sentence-transformers", "triton")},
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def machine_line(dtype: torch.dtype | None = None) -> str:
-    """`machine()` on one line, with the dtype of the run where there is one."""
-    facts = machine()
-    parts = [
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads on {facts['cores']} cores",
-        f"{facts['ram_gib']} GiB RAM" if facts["ram_gib"] else None,
-        facts["gpu"] or "no GPU",
-        f"Python {facts['python']}",
-        *(f"{name} {facts[name]}" for name in ("torch", "sentence-transformers", "triton") if facts[name]),
-        str(dtype).removeprefix("torch.") if dtype else None,
-        f"float32 matmul precision {facts['float32_matmul_precision']}",
-    ]
-    return "; ".join(part for part in parts if part)
-
-
-def _cpu_model() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    return platform.processor() or platform.machine()
-
-
-def _ram_gib() -> float | None:
-    if not hasattr(os, "sysconf"):  # Windows
-        return None
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-
-
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    """`torch.set_float32_matmul_precision` for a block of code."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-# -- time -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of each timed call. `error` says why a contender stopped; without samples the statistics are nan."""
-
-    samples: tuple[float, ...] = ()
-    error: str | None = None
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.samples) if self.samples else math.nan
-
-    @property
-    def min_s(self) -> float:
-        return min(self.samples, default=math.nan)
-
-    @property
-    def max_s(self) -> float:
-        return max(self.samples, default=math.nan)
-
-
-def measure(
-    contenders: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int = 5,
-    warmup: int = 1,
-    budget_s: float | None = None,
-) -> dict[str, Timing]:
-    """Times the contenders in the order A B A B ... after `warmup` untimed rounds in the same order.
-
-    With `budget_s` no further round starts once the timed rounds have taken that many seconds; the first always runs.
-    A contender that runs out of memory leaves the race with `error` set; any other exception propagates.
-    """
-    if not contenders:
-        raise ValueError("contenders: expected at least one callable, got an empty mapping")
-    if repeats < 1:
-        raise ValueError(f"repeats: expected at least 1, got {repeats}")
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    errors: dict[str, str] = {}
-
-    def one_round(*, timed: bool) -> None:
-        for name, contender in contenders.items():
-            if name in errors:
-                continue
-            try:
-                seconds = _seconds(contender)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                errors[name] = OUT_OF_MEMORY
-                continue
-            if timed:
-                samples[name].append(seconds)
-
-    for _ in range(warmup):
-        one_round(timed=False)
-    begin = time.perf_counter()
-    for done in range(repeats):
-        if done and budget_s is not None and time.perf_counter() - begin > budget_s:
-            break
-        one_round(timed=True)
-    return {name: Timing(tuple(samples[name]), errors.get(name)) for name in contenders}
-
-
-def gemm_seconds(
-    m: int, n: int, k: int, dtype: torch.dtype, repeats: int = 5, device: torch.device | str = "cpu"
-) -> float:
-    """Median seconds of [m, k] @ [k, n] -> [m, n] into memory that exists: what a fused kernel is compared with."""
-    a = torch.randn(m, k, device=device, dtype=dtype)
-    b = torch.randn(k, n, device=device, dtype=dtype)
-    c = torch.empty(m, n, device=device, dtype=dtype)
-    timing = measure({"gemm": lambda: torch.mm(a, b, out=c)}, repeats=repeats)["gemm"]
-    return timing.median_s
-
-
-def copy_bandwidth(device: torch.device | str = "cpu", repeats: int = 5) -> float:
-    """Bytes a second, read and written, of copying a block of memory that no cache holds: the floor of moving data."""
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)  # written, so that its pages exist
-    return 2 * COPIED_BYTES / measure({"copy": lambda: target.copy_(source)}, repeats=repeats)["copy"].median_s
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    _synchronize()
-    begin = time.perf_counter()
-    call()
-    _synchronize()
-    return time.perf_counter() - begin
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, the device's or the machine's."""
-    # On the CPU torch raises a plain RuntimeError that only its text tells apart.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-
-
-# -- peak memory ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ProcessResult:
-    """What `run_in_process` brings back. After an out-of-memory only `error` is set."""
-
-    value: Any = None
-    peak_extra_bytes: int | None = None
-    error: str | None = None
-    seconds: float = math.nan
-
-    @property
-    def cell(self) -> float | str | None:
-        """The peak in MiB as a report has it: the reason where there is none."""
-        return self.error or (None if self.peak_extra_bytes is None else self.peak_extra_bytes / MIB)
-
-
-def run_in_process(target: Callable[..., Callable[[], Any]], *args: Any, **kwargs: Any) -> ProcessResult:
-    """Runs `target(*args, **kwargs)()` in a fresh spawned process and meters the second call.
-
-    `target` is a module-level function. It imports, makes the inputs, warms up and returns a zero-argument callable;
-    the meter starts when it returns. `value` is the (picklable) result of the callable, `peak_extra_bytes` its peak
-    over what was there when it began: resident memory, or allocated device memory if `target` used CUDA. The child has
-    the parent's number of torch threads and float32 matmul precision. A child killed by SIGKILL, as the system's
-    out-of-memory killer does, ran out of memory; an exception in the child is raised here as a RuntimeError.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    source = (target.__module__, getattr(sys.modules[target.__module__], "__file__", None), target.__qualname__)
-    settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())
-    process = context.Process(target=_child, args=(sender, source, args, kwargs, settings))
-    process.start()
-    sender.close()  # or the end of the child would not end recv
-    try:
-        outcome = receiver.recv()
-    except EOFError:
-        outcome = None
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.join()
-    if isinstance(outcome, ProcessResult):
-        return outcome
-    if outcome is not None:
-        raise RuntimeError(f"{target.__qualname__} failed in its own process:\n{outcome}")
-    if process.exitcode == -9:
-        return ProcessResult(error=OUT_OF_MEMORY)
-    raise RuntimeError(f"{target.__qualname__}: its process ended with exit code {process.exitcode} and no result")
-
-
-def _child(
-    sender: Connection,
-    source: tuple[str, str | None, str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    settings: tuple[int, str],
+def command_line(
+    description: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
 ) -> None:
-    try:
-        threads, precision = settings
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-        call = _load(*source)(*args, **kwargs)
-        meter = _DeviceMeter() if torch.cuda.is_initialized() else _ResidentMeter()
-        begin = time.perf_counter()
-        value = call()
-        _synchronize()
-        seconds = time.perf_counter() - begin
-        sender.send(ProcessResult(value, meter.peak_extra_bytes(), None, seconds))
-    except Exception as error:
-        sender.send(ProcessResult(error=OUT_OF_MEMORY) if is_out_of_memory(error) else traceback.format_exc())
-
-
-def _load(module_name: str, file: str | None, qualname: str) -> Callable[..., Any]:
-    """The target by its module's name, or by its file: pytest's importlib mode names modules that nobody can import."""
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if file is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-    for name in qualname.split("."):
-        found = getattr(found, name)
-    return found
-
-
-class _DeviceMeter:
-    """Bytes that torch's CUDA allocator handed out, at their peak."""
-
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
-
-    def peak_extra_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated() - self._before
-
-
-class _ResidentMeter:
-    """Peak resident memory of this process since the meter was made.
-
-    Linux: the kernel's own high-water mark, reset through /proc/self/clear_refs; where that is not writable, a thread
-    samples the resident size each millisecond. Elsewhere: the growth of getrusage's high-water mark, which cannot be
-    reset, so that a peak below an earlier one reads 0; None on systems without getrusage.
-    """
-
-    def __init__(self) -> None:
-        # Freed memory that the allocator still holds would be used again unseen.
-        gc.collect()
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        self._stop = threading.Event()
-        self._sampler: threading.Thread | None = None
-        self._highest = 0
-        if sys.platform != "linux":
-            self._before = _rusage_peak()
-            return
-        self._before = _status_bytes("VmRSS")
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self._sampler = threading.Thread(target=self._sample, daemon=True)
-            self._sampler.start()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(1e-3):
-            self._highest = max(self._highest, _status_bytes("VmRSS"))
-
-    def peak_extra_bytes(self) -> int | None:
-        if self._sampler is not None:
-            self._stop.set()
-            self._sampler.join()
-            peak = max(self._highest, _status_bytes("VmRSS"))
-        elif sys.platform == "linux":
-            peak = _status_bytes("VmHWM")
-        else:
-            peak = _rusage_peak()
-        return None if peak is None or self._before is None else peak - self._before
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no field {field}")
-
-
-def _rusage_peak() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the BSDs KiB
+    """Runs a study that is a file of its own; `description` is the docstring of its module."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    add_arguments(parser)
+    run(parser.parse_args())

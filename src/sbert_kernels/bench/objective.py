@@ -19,55 +19,39 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sbert_kernels import demo
+from sbert_kernels import machine
 from sbert_kernels.bench import harness
+from sbert_kernels.bench.cases.objective import CASES, QUICK_BATCH, Case
+from sbert_kernels.bench.cases.training import QUICK_DIM
 from sbert_kernels.bench.peers import (
-    OURS,
     PARITY_LIMIT,
-    STOCK,
     features_of,
     gradient_difference,
     loss_and_gradients,
     make_step,
 )
-from sbert_kernels.bench.training import QUICK_DIM, QUICK_PACKAGES, mixed_rows, read_pairs
-from sbert_kernels.demo.options import STATIC_DIM, DemoError
+from sbert_kernels.bench.report import Chart, Report
+from sbert_kernels.bench.training import mixed_rows, read_pairs
+from sbert_kernels.workloads import requirements
+from sbert_kernels.workloads.recipes import OURS, STOCK
+from sbert_kernels.workloads.requirements import UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from sbert_kernels.demo.data import Pair
+    from sbert_kernels.workloads.texts import Pair
 
-QUICK_BATCH = 16
 SIDES = {"stock": STOCK, "ours": OURS}
 STOCK_TERMS = ("CoSENTLoss", "MultipleNegativesRankingLoss", "AnglELoss")
 # What stock's three losses compute: every pair is a positive one, and equal texts are not looked for.
 OPTIONS = {"positive_threshold": None, "duplicates": "keep"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the report."""
-
-    model: str
-    batch: int
-    dim: int | None = None  # of the static model; the other has its own
-
-
-CASES = {"static": Case("static", 4096, STATIC_DIM), "minilm": Case("minilm", 64)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options to a parser."""
-    quick = f"batches of {QUICK_BATCH}, {QUICK_DIM} static dimensions, docstrings of {', '.join(QUICK_PACKAGES)} alone"
-    harness.add_arguments(parser, quick=quick, repeats=5, cases=CASES)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,19 +60,19 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         cases = {name: replace(case, batch=QUICK_BATCH, dim=case.dim and QUICK_DIM) for name, case in cases.items()}
     try:
-        demo.require_packages()
+        requirements.require_packages()
         pairs = read_pairs(args.quick)
-    except DemoError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from error
     data = f"{len(pairs.pairs):,} pairs from {pairs.source}"
-    report = harness.Report(
+    report = Report(
         f"AnglE's objective on a model: forward + backward{', quick run' if args.quick else ''}",
         "objective",
-        harness.machine() | {"dtype": "float32", "data": data},
-        f"{harness.machine_line(torch.float32)}\n{data}",
+        machine.facts() | {"dtype": "float32", "data": data},
+        f"{machine.line(torch.float32)}\n{data}",
         charts=(
-            harness.Chart("ms of a step, median (times ours)", {side: f"{side} ms" for side in ("ours", "stock")}),
-            harness.Chart("MiB, peak extra memory (times ours)", {side: f"{side} MiB" for side in ("ours", "stock")}),
+            Chart("ms of a step, median (times ours)", {side: f"{side} ms" for side in ("ours", "stock")}),
+            Chart("MiB, peak extra memory (times ours)", {side: f"{side} MiB" for side in ("ours", "stock")}),
         ),
     )
     print(report.machine_line)
@@ -118,22 +102,22 @@ def _run_case(name: str, case: Case, pairs: Sequence[Pair], repeats: int, say: C
     del gradients
     say(f"{name}: time")
     model.train()
-    timings = harness.measure(steps, repeats=repeats)
+    timings = machine.measure(steps, repeats=repeats)
     for side, timing in timings.items():
         row[f"{side} ms"] = timing.error or timing.median_s * 1e3
         row[f"{side} samples ms"] = [seconds * 1e3 for seconds in timing.samples]
     row["stock/ours"] = timings["stock"].median_s / timings["ours"].median_s
     for side, library in SIDES.items():
         say(f"{name}: memory of {side}")
-        row[f"{side} MiB"] = harness.run_in_process(prepare, library, case, pairs).cell
-    return row | {"gradients MiB": sum(p.nbytes for p in model.parameters() if p.requires_grad) / harness.MIB}
+        row[f"{side} MiB"] = machine.run_in_process(prepare, library, case, pairs).cell
+    return row | {"gradients MiB": sum(p.nbytes for p in model.parameters() if p.requires_grad) / machine.MIB}
 
 
 # -- what is run ------------------------------------------------------------------------------------------------------
 
 
 def build_model(case: Case) -> SentenceTransformer:
-    from sbert_kernels.demo import models
+    from sbert_kernels.workloads import models
 
     return models.static_model(case.dim, seed=0) if case.model == "static" else models.minilm_model()
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-STOCK = "sentence_transformers.sentence_transformer.losses"
-OURS = "sbert_kernels.losses"
 # Of a model's loss and gradients in float32: rounding differs by parts in a hundred thousand; what is wrong in a loss
 # shows in percents.
 PARITY_LIMIT = 1e-3

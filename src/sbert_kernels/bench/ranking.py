@@ -18,102 +18,38 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sbert_kernels import pairwise_similarity, ranking_loss
+from sbert_kernels import machine, pairwise_similarity, ranking_loss
 from sbert_kernels.bench import harness
-from sbert_kernels.bench.peers import OURS, STOCK, Embedded, compiled, largest_error
-
-QUICK_ROWS = 256
-COSENT, ANGLE = "CoSENTLoss", "AnglELoss"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the report: the classes whose sum is the loss (named alike in both libraries), and their inputs."""
-
-    losses: tuple[str, ...]
-    rows: int
-    dim: int | None = 384  # None: the scores exist already, and only their ranking is on the clock
-    columns: int = 2  # more are anchors, positives and negatives; they have no labels
-    levels: int | None = None  # different labels; None: about as many as rows
-    dtype: str = "float32"
-    rounds: int = 1  # how many for each of --repeats: short calls need more samples
-    uncompiled: str | None = None  # why torch.compile is no peer here
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def size(self) -> str:
-        columns = f" x {self.columns} columns" if self.columns > 2 else ""
-        return f"N={self.rows}{columns}{f' D={self.dim}' if self.dim else ''}"
-
-    @property
-    def gradient_bytes(self) -> int:
-        if self.dim is None:
-            return self.rows * self.torch_dtype.itemsize
-        return self.columns * self.rows * self.dim * self.torch_dtype.itemsize
-
-    @property
-    def moved_bytes(self) -> int:
-        """What any implementation has to read and write; the module says which."""
-        return 3 * self.gradient_bytes  # labels are of the size of scores
-
-
-CASES = {
-    "cosent": Case((COSENT,), 8192),
-    "angle": Case((ANGLE,), 8192),
-    "both": Case((COSENT, ANGLE), 8192),
-    "cosent-5-labels": Case((COSENT,), 8192, levels=5),
-    "triplets": Case((ANGLE,), 4096, columns=3),
-    "cosent-1024": Case((COSENT,), 1024, dim=768, rounds=4),
-    "angle-1024": Case((ANGLE,), 1024, dim=768, rounds=4),
-    "cosent-256": Case((COSENT,), 256, dim=768, rounds=20),
-    "angle-256": Case((ANGLE,), 256, dim=768, rounds=20),
-    "scores-65536": Case((COSENT,), 65536, dim=None),
-    "scores-1024": Case((COSENT,), 1024, dim=None, rounds=20),
-    "cosent-large": Case((COSENT,), 65536),
-    "angle-large": Case((ANGLE,), 65536),
-    "both-large": Case((COSENT, ANGLE), 65536),
-    "cosent-bfloat16": Case((COSENT,), 65536, dtype="bfloat16"),
-    "angle-bfloat16": Case((ANGLE,), 65536, dtype="bfloat16"),
-    "scores-large": Case((COSENT,), 1_000_000, dim=None),
-}
-LARGE = ("cosent-large", "angle-large", "both-large", "cosent-bfloat16", "angle-bfloat16", "scores-large")
-PEERS = ("stock", "stock float32", "compiled", "ours")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options to a parser."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    quick = f"{QUICK_ROWS} rows at most, no compiled peer"
-    takes = "some minutes on two cores"
-    harness.add_arguments(parser, quick=quick, repeats=9, cases=CASES, large=LARGE, large_takes=takes)
+from sbert_kernels.bench.cases.ranking import CASES, LARGE, PEERS, QUICK_ROWS, Case
+from sbert_kernels.bench.peers import Embedded, compiled, largest_error
+from sbert_kernels.bench.report import Chart, Report
+from sbert_kernels.workloads.recipes import OURS, STOCK
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the cases, prints the table, writes the report; exits non-zero after it if a case failed parity."""
     cases = harness.begin(args, CASES, LARGE)
-    bandwidth = harness.copy_bandwidth(args.device)
+    device = harness.device_of(args)
+    bandwidth = machine.copy_bandwidth(device)
     copies = f"copies move {bandwidth / 1e9:.3g} GB/s, read and written"
-    report = harness.Report(
+    report = Report(
         f"Ranking losses: forward + backward{', quick run' if args.quick else ''}",
         "ranking",
-        harness.machine() | {"device": args.device, "copy_bytes_per_s": bandwidth},
-        f"{harness.machine_line()}; {copies}",
+        machine.facts() | {"device": device, "copy_bytes_per_s": bandwidth},
+        f"{machine.line()}; {copies}",
         charts=(
-            harness.Chart(
+            Chart(
                 "ms, median (times ours)",
                 {"ours": "ours ms", "stock": "stock ms", "torch.compile": "compiled ms", "floor": "floor ms"},
             ),
-            harness.Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "stock": "stock MiB"}),
+            Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "stock": "stock MiB"}),
         ),
     )
     print(report.machine_line)
@@ -122,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         for name, case in progress:
             if args.quick:
                 case = replace(case, rows=min(case.rows, QUICK_ROWS), uncompiled="quick run")
-            row = _run_case(name, case, args.device, args.repeats * case.rounds, bandwidth, progress.set_description)
+            row = _run_case(name, case, device, args.repeats * case.rounds, bandwidth, progress.set_description)
             if "ours ms" not in row:
                 failed.append(name)
             report.rows.append(row)
@@ -141,18 +77,18 @@ def _run_case(
     say(f"{name}: time")
     timings, why_not = _timings(case, device, repeats)
     for peer in PEERS:
-        timing = timings.get(peer, harness.Timing())
+        timing = timings.get(peer, machine.Timing())
         row[f"{peer} ms"] = timing.error or timing.median_s * 1e3
         row[f"{peer} samples ms"] = [seconds * 1e3 for seconds in timing.samples]
     ours = timings["ours"].median_s
     for peer in PEERS[:-1]:
-        row[f"{peer}/ours"] = timings.get(peer, harness.Timing()).median_s / ours
+        row[f"{peer}/ours"] = timings.get(peer, machine.Timing()).median_s / ours
     floor = case.moved_bytes / bandwidth
-    row |= {"floor MiB": case.moved_bytes / harness.MIB, "floor ms": floor * 1e3, "ours/floor": ours / floor}
+    row |= {"floor MiB": case.moved_bytes / machine.MIB, "floor ms": floor * 1e3, "ours/floor": ours / floor}
     for peer, library in (("stock", STOCK), ("ours", OURS)):
         say(f"{name}: memory of {peer}")
-        row[f"{peer} MiB"] = harness.run_in_process(prepare, library, case, device).cell
-    return row | {"gradients MiB": case.gradient_bytes / harness.MIB, "note": why_not}
+        row[f"{peer} MiB"] = machine.run_in_process(prepare, library, case, device).cell
+    return row | {"gradients MiB": case.gradient_bytes / machine.MIB, "note": why_not}
 
 
 # -- what is run ------------------------------------------------------------------------------------------------------
@@ -216,7 +152,7 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
         return 0.6 * labels + 0.1 * torch.rand(case.rows, device=device, generator=generator)
 
     if case.dim is None:
-        return [cosines_of(labels).to(case.torch_dtype)], labels
+        return [cosines_of(labels).to(getattr(torch, case.dtype))], labels
 
     def draw() -> Tensor:
         return torch.randn(case.rows, case.dim, device=device, generator=generator)
@@ -228,7 +164,7 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
     for target in wanted:
         cosines = cosines_of(target)[:, None]
         columns.append(cosines * anchors + (1 - cosines.square()).sqrt() * draw())
-    return [column.to(case.torch_dtype) for column in columns], labels if case.columns == 2 else None
+    return [column.to(getattr(torch, case.dtype)) for column in columns], labels if case.columns == 2 else None
 
 
 def make_step(
@@ -280,7 +216,7 @@ def _loss_and_gradients(library: str, case: Case, columns: list[Tensor], labels:
     return [step().double(), *(leaf.grad.double() for leaf in leaves)]
 
 
-def _timings(case: Case, device: str, repeats: int) -> tuple[dict[str, harness.Timing], str | None]:
+def _timings(case: Case, device: str, repeats: int) -> tuple[dict[str, machine.Timing], str | None]:
     """Seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
     columns, labels = make_inputs(case, device)
     contenders = {"stock": make_step(make_loss(STOCK, case), columns, labels)[0]}
@@ -292,4 +228,4 @@ def _timings(case: Case, device: str, repeats: int) -> tuple[dict[str, harness.T
         step, why_not = compiled(make_loss(STOCK, case), lambda loss: make_step(loss, columns, labels)[0])
         contenders |= {"compiled": step} if step else {}
     contenders["ours"] = make_step(make_loss(OURS, case), columns, labels)[0]
-    return harness.measure(contenders, repeats=repeats), why_not
+    return machine.measure(contenders, repeats=repeats), why_not

@@ -10,19 +10,35 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_OURS_COLOUR = "#c2410c"
+from sbert_kernels import machine
+from sbert_kernels.workloads.charts import NOTHING, OURS_COLOUR, cell, draw_stacks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _PEER_COLOURS = ("#94a3b8", "#475569", "#cbd5e1", "#1e293b", "#64748b")
-# From what ours has nothing to do with (greys) to what it replaces (warm).
-_PART_COLOURS = ("#cbd5e1", "#94a3b8", "#c2410c", "#fb923c", "#64748b", "#334155", "#e2e8f0")
-_NOTHING = "-"
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows as a Markdown table, with columns in the order in which they first appear.
+
+    Numbers are printed as they were measured. Lists and columns without any value are left out.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [key for key in columns if any(cell(row.get(key)) != NOTHING for row in rows)]
+    numeric = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)}
+    lines = [columns, ["---:" if key in numeric else ":---" for key in columns]]
+    lines += [[cell(row.get(key)) for key in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One panel of horizontal bars. `bars` maps a name in the legend to a column; the first bar is ours.
+    """Describes one panel of horizontal bars. `bars` maps a name in the legend to a column; the first bar is ours.
 
     The first column names the row.
     """
@@ -33,7 +49,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class StackedChart:
-    """One panel with a bar for each row, of parts laid end to end. `bars` maps a name in the legend to a column.
+    """Describes one panel with a bar for each row, of parts laid end to end. `bars` maps legend names to columns.
 
     `names` are the columns that together name the row.
     """
@@ -45,11 +61,11 @@ class StackedChart:
 
 @dataclass
 class Report:
-    """Rows that share their columns, in the order in which columns first appear.
+    """Holds the rows of one run of a benchmark and writes them down.
 
     A row maps the name of a column to a number, a text (such as "out of memory"), None or a list. None and nan print as
     a dash and are null in the JSON; lists (raw samples) are for the JSON only; a column without any value is not
-    printed. `name` is the stem of the files that `write` makes.
+    printed. `name` is the stem of the files that `write` makes. The JSON also says which commit ran, and on which day.
     """
 
     title: str
@@ -64,19 +80,21 @@ class Report:
         self.rows.append(columns)
 
     def markdown(self) -> str:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        columns = [key for key in columns if any(_cell(row.get(key)) != _NOTHING for row in self.rows)]
-        numeric = {key for key in columns if any(isinstance(row.get(key), (int, float)) for row in self.rows)}
-        lines = [columns, ["---:" if key in numeric else ":---" for key in columns]]
-        lines += [[_cell(row.get(key)) for key in columns] for row in self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        """Returns the rows as a Markdown table."""
+        return markdown_table(self.rows)
 
     def write(self, folder: Path) -> list[Path]:
         """Writes `<name>.json`, `<name>.md` and `<name>.png`, and returns the paths that it wrote."""
         folder.mkdir(parents=True, exist_ok=True)
         data, table, image = (folder / f"{self.name}{suffix}" for suffix in (".json", ".md", ".png"))
         rows = [{key: _json_value(value) for key, value in row.items()} for row in self.rows]
-        content = {"title": self.title, "machine": dict(self.machine), "rows": rows}
+        content = {
+            "title": self.title,
+            "commit": machine.commit(),
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "machine": dict(self.machine),
+            "rows": rows,
+        }
         data.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         header = f"# {self.title}\n\n" + (f"{self.machine_line}\n\n" if self.machine_line else "")
         table.write_text(f"{header}{self.markdown()}\n", encoding="utf-8")
@@ -102,8 +120,8 @@ class Report:
         for axis, (chart, rows) in zip(axes, panels, strict=True):
             axis.set_title(chart.label, loc="left", fontsize=10)
             if isinstance(chart, StackedChart):
-                named = {", ".join(_cell(row.get(key)) for key in chart.names): row for row in rows}
-                stacks = {name: {part: row.get(key) for part, key in chart.bars.items()} for name, row in named.items()}
+                named = {", ".join(cell(row.get(key)) for key in chart.names): row for row in rows}
+                stacks = {name: {part: row[key] for part, key in chart.bars.items()} for name, row in named.items()}
                 draw_stacks(axis, stacks)
             else:
                 _draw(axis, chart, rows)
@@ -115,31 +133,31 @@ class Report:
         return [row for row in self.rows if any(_positive(row.get(key)) for key in chart.bars.values())]
 
 
-def _draw(axis: Any, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One group of bars a row; each bar carries its value, and a peer's bar how many times ours it is."""
+def _draw(axis: Axes, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws one group of bars a row; each bar carries its value, and a peer's bar how many times ours it is."""
     ours_key = next(iter(chart.bars.values()))
-    colours = dict(zip(chart.bars, (_OURS_COLOUR, *_PEER_COLOURS), strict=False))
+    colours = dict(zip(chart.bars, (OURS_COLOUR, *_PEER_COLOURS), strict=False))
     values = [row[key] for row in rows for key in chart.bars.values() if _positive(row.get(key))]
     left = 10 ** math.floor(math.log10(min(values)) - 0.2)  # bars on a log axis need a foot to stand on
     ticks, place = [], 0.0
     for row in rows:
-        shown = {name: key for name, key in chart.bars.items() if _cell(row.get(key)) != _NOTHING}
+        shown = {name: key for name, key in chart.bars.items() if cell(row.get(key)) != NOTHING}
         ticks.append(place + (len(shown) - 1) / 2)
         for name, key in shown.items():
             value, ours, end = row[key], row.get(ours_key), left
-            text = f" {_cell(value)}"
+            text = f" {cell(value)}"
             if _positive(value):
                 end = value
                 axis.barh(place, end - left, left=left, height=0.9, color=colours[name], label=name)
                 if key != ours_key and _positive(ours):
-                    text += f"   ({_cell(value / ours)}x)"
+                    text += f"   ({cell(value / ours)}x)"
             axis.text(end, place, text, va="center", fontsize=8)
             place += 1
         place += 0.6
     axis.set_xscale("log")
     axis.set_xlim(left, max(values) * 4)  # room for the text at the longest bar
     axis.set_ylim(place - 1, -0.8)
-    axis.set_yticks(ticks, [_cell(next(iter(row.values()))) for row in rows], fontsize=9)
+    axis.set_yticks(ticks, [cell(next(iter(row.values()))) for row in rows], fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
@@ -150,45 +168,11 @@ def _draw(axis: Any, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.legend(legend.values(), legend, ncols=len(legend), fontsize=9, frameon=False, **corner)
 
 
-def draw_stacks(axis: Any, stacks: Mapping[str, Mapping[str, float]]) -> None:
-    """One horizontal bar a name, of its parts in the order of the first that has any, with their sum at the end."""
-    parts = next((list(stack) for stack in stacks.values() if stack), [])
-    places = range(len(stacks))
-    ends = [0.0] * len(stacks)
-    for part, colour in zip(parts, _PART_COLOURS, strict=False):
-        widths = [stack.get(part, 0.0) for stack in stacks.values()]
-        axis.barh(places, widths, left=ends, height=0.7, color=colour, label=part)
-        ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for place, end, stack in zip(places, ends, stacks.values(), strict=True):
-        axis.text(end, place, f" {_cell(end) if stack else _NOTHING}", va="center", fontsize=8)
-    axis.set_xlim(0, max(ends) * 1.12 or 1)
-    axis.set_ylim(len(stacks) - 0.4, -0.6)
-    axis.set_yticks(places, list(stacks), fontsize=9)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right"]].set_visible(False)
-    if parts:
-        axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-
-
-def _positive(value: Any) -> bool:
+def _positive(value: Any) -> bool:  # a number that a bar can show
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
 def _json_value(value: Any) -> Any:
-    if _is_list(value):
+    if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cell(value: Any) -> str:
-    """A value for people: three significant digits, whole numbers from 1000 on, a dash for what was not measured."""
-    if value is None or _is_list(value) or (isinstance(value, float) and math.isnan(value)):
-        return _NOTHING
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-    return str(value).replace("|", "\\|")

@@ -18,52 +18,28 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from sbert_kernels import demo
+from sbert_kernels import machine
 from sbert_kernels.bench import harness
-from sbert_kernels.demo.options import DEFAULTS, MATRYOSHKA_DIMS, STATIC_DIM, DemoError, default_matryoshka_dims
+from sbert_kernels.bench.cases.training import CASES, QUICK_BATCH, QUICK_DIM, QUICK_PACKAGES, Case
+from sbert_kernels.bench.report import Report, StackedChart
+from sbert_kernels.workloads import requirements
+from sbert_kernels.workloads.recipes import LEARNING_RATES, SIDES, default_matryoshka_dims
+from sbert_kernels.workloads.requirements import UserError
 
 if TYPE_CHECKING:
-    from sbert_kernels.bench.steps import Recording
-    from sbert_kernels.demo.data import Pair, Pairs
+    from sbert_kernels.workloads.steps import Recording
+    from sbert_kernels.workloads.texts import Pair, Pairs
 
-QUICK_BATCH, QUICK_DIM, QUICK_PACKAGES = 256, 64, ("numpy",)
 PARITY_STEPS = 2
 # Rounding differs by parts in a million; what is wrong in a loss shows in percents.
 PARITY_LIMIT = 1e-3
-
-
-@dataclass(frozen=True)
-class Case:
-    """Two rows of the report, one for each side."""
-
-    matryoshka: tuple[int, ...] = ()
-    workers: int = 0
-    batch: int = 8192
-    dim: int = STATIC_DIM
-
-
-CASES = {
-    "mnr": Case(),
-    "mnr-overlapped": Case(workers=1),
-    "matryoshka": Case(MATRYOSHKA_DIMS),
-    "matryoshka-overlapped": Case(MATRYOSHKA_DIMS, workers=1),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options to a parser."""
-    parser.add_argument(
-        "--steps", type=int, default=4, help="steps of each training; the first warms up (default: %(default)s)"
-    )
-    quick = f"batches of {QUICK_BATCH}, {QUICK_DIM} dimensions, docstrings of {', '.join(QUICK_PACKAGES)} alone"
-    harness.add_arguments(parser, quick=quick, repeats=3, cases=CASES)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,25 +50,23 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         cases = {name: _quick(case) for name, case in cases.items()}
     try:
-        demo.require_packages()
+        requirements.require_packages()
         pairs = read_pairs(args.quick)
-    except DemoError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from error
 
-    from sbert_kernels.bench.steps import PARTS
+    from sbert_kernels.workloads.steps import PARTS
 
     rows = (args.steps + 1) * max(case.batch for case in cases.values())
     data = f"{len(pairs.pairs):,} pairs from {pairs.source}"
     if rows > len(pairs.pairs):
         data += f", repeated to {rows:,} rows"
-    report = harness.Report(
+    report = Report(
         f"Training steps, static-embedding model{', quick run' if args.quick else ''}",
         "training",
-        harness.machine() | {"dtype": "float32", "data": data, "parts": PARTS},
-        f"{harness.machine_line(torch.float32)}\n{data}",
-        charts=(
-            harness.StackedChart("ms of a step, median", {part: f"{part} ms" for part in PARTS}, ("case", "side")),
-        ),
+        machine.facts() | {"dtype": "float32", "data": data, "parts": PARTS},
+        f"{machine.line(torch.float32)}\n{data}",
+        charts=(StackedChart("ms of a step, median", {part: f"{part} ms" for part in PARTS}, ("case", "side")),),
     )
     print(report.machine_line)
     failed = []
@@ -117,9 +91,9 @@ def _quick(case: Case) -> Case:
 
 def read_pairs(quick: bool) -> Pairs:
     """The docstring pairs of the installed packages, or of few of them."""
-    from sbert_kernels.demo import data
+    from sbert_kernels.workloads import texts
 
-    return data.docstring_pairs(QUICK_PACKAGES) if quick else data.docstring_pairs()
+    return texts.docstring_pairs(QUICK_PACKAGES) if quick else texts.docstring_pairs()
 
 
 def mixed_rows(pairs: Sequence[Pair], count: int) -> list[Pair]:
@@ -134,8 +108,7 @@ def mixed_rows(pairs: Sequence[Pair], count: int) -> list[Pair]:
 def _run_case(
     name: str, case: Case, pairs: list[Pair], args: argparse.Namespace, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    from sbert_kernels.bench.steps import difference, median_step, whole
-    from sbert_kernels.demo.training import SIDES
+    from sbert_kernels.workloads.steps import difference, median_step, whole
 
     rows: dict[str, dict[str, Any]] = {
         side: {"case": f"{name} N={case.batch} D={case.dim}", "side": side} for side in SIDES
@@ -165,7 +138,7 @@ def _run_case(
     if not case.workers:  # the worker's memory is the same on both sides, and not this process's
         for side, row in rows.items():
             say(f"{name}: memory of {side}")
-            result = harness.run_in_process(prepare, side, case, pairs, PARITY_STEPS, args.output)
+            result = machine.run_in_process(prepare, side, case, pairs, PARITY_STEPS, args.output)
             row["peak extra MiB"] = result.cell
     return list(rows.values())
 
@@ -174,7 +147,6 @@ def _train_in_turn(
     case: Case, pairs: list[Pair], steps: int, repeats: int, output: Path
 ) -> tuple[dict[str, list[Recording]], dict[str, str | None]]:
     """So many trainings of each side, all from fresh models, in the order A B A B; and why a side stopped, if any."""
-    from sbert_kernels.demo.training import SIDES
 
     recordings: dict[str, list[Recording]] = {side: [] for side in SIDES}
 
@@ -182,18 +154,18 @@ def _train_in_turn(
         recordings[side].append(prepare(side, case, pairs, steps, output)())
 
     contenders = {side: functools.partial(train, side) for side in SIDES}
-    timings = harness.measure(contenders, repeats=repeats, warmup=0)  # the first step of each training warms up
+    timings = machine.measure(contenders, repeats=repeats, warmup=0)  # the first step of each training warms up
     return recordings, {side: timing.error for side, timing in timings.items()}
 
 
 def prepare(side: str, case: Case, pairs: list[Pair], steps: int, output: Path) -> Callable[[], Recording]:
     """A training of so many steps, ready to go; for `run_in_process` too, which meters it from its first step on."""
-    from sbert_kernels.demo import training
-    from sbert_kernels.demo.models import static_model
-    from sbert_kernels.demo.objectives.mnr import build_loss
+    from sbert_kernels.workloads import training
+    from sbert_kernels.workloads.losses import in_batch_loss
+    from sbert_kernels.workloads.models import static_model
 
     training.quiet_libraries()
     model = static_model(case.dim, seed=0)
-    loss = build_loss(model, training.SIDES[side], case.matryoshka)
-    settings = training.Settings(case.batch, steps, DEFAULTS["mnr"]["static"].lr, 0, output, case.workers)
+    loss = in_batch_loss(model, SIDES[side], case.matryoshka)
+    settings = training.Settings(case.batch, steps, LEARNING_RATES["static"], 0, output, case.workers)
     return training.prepare(model, loss, pairs, settings)

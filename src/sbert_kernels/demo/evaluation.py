@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 
-from sbert_kernels.demo.data import Pair, Row
+from sbert_kernels.workloads.texts import Pair, Row
 
 
 class Evaluation(ABC):

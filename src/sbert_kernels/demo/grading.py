@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbert_kernels.demo.data import Pair, Row
-from sbert_kernels.demo.models import minilm_model
+from sbert_kernels.workloads.models import minilm_model
+from sbert_kernels.workloads.texts import Pair, Row
 
 TEACHER = "all-MiniLM-L6-v2"
 KINDS = ("own", "nearest", "random")

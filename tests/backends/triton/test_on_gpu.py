@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sbert_kernels import contrastive_loss, pairwise_similarity, ranking_loss, settings
 from sbert_kernels.backends.triton import obstacle
-from sbert_kernels.bench.harness import matmul_precision
+from sbert_kernels.machine import matmul_precision
 from sbert_kernels.settings import MIB
 
 pytestmark = [

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from sbert_kernels.demo.data import Pairs, split_pairs
+from sbert_kernels.demo.data import split_pairs
 from sbert_kernels.demo.evaluation import Retrieval
-from sbert_kernels.demo.objectives.base import SIDES, Data, Objective
+from sbert_kernels.demo.objectives.base import Data, Objective
+from sbert_kernels.workloads.losses import in_batch_loss
+from sbert_kernels.workloads.recipes import SIDES
+from sbert_kernels.workloads.texts import Pairs
 
 MINI_BATCH_SIZE = 32  # of the cached loss
 
 
-class MnrObjective(Objective):
-    """MultipleNegativesRankingLoss; the cached one for a model with an encoder."""
+class InBatchObjective(Objective):
+    """Trains with MultipleNegativesRankingLoss, within MatryoshkaLoss unless the loss is "mnr".
+
+    A model with an encoder gets the cached one.
+    """
 
     comparison = "the stock loss and with ours"
 
     def prepare(self, pairs: Pairs) -> Data:
+        """Holds queries and distractors out, and returns the other pairs as rows."""
         split = split_pairs(pairs.pairs, self.options.seed, self.defaults.held_out, self.defaults.distractors)
         self.require_rows(len(split.train), pairs)
         queries = len(split.queries)
@@ -37,21 +41,7 @@ class MnrObjective(Objective):
         )
 
     def loss(self, model: SentenceTransformer, side: str) -> nn.Module:
+        """Returns the loss of one of ``SIDES``."""
         mini_batch_size = None if self.options.model == "static" else MINI_BATCH_SIZE
-        dims = self.options.matryoshka_dims(model.get_embedding_dimension())
-        return build_loss(model, SIDES[side], dims, mini_batch_size)
-
-
-def build_loss(
-    model: SentenceTransformer, module: str, matryoshka_dims: Sequence[int] = (), mini_batch_size: int | None = None
-) -> nn.Module:
-    """MultipleNegativesRankingLoss from a module of ``SIDES``.
-
-    The cached one if there is a mini-batch size, and within MatryoshkaLoss if there are dimensions for it.
-    """
-    losses = importlib.import_module(module)
-    if mini_batch_size is None:
-        loss = losses.MultipleNegativesRankingLoss(model)
-    else:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
-    return losses.MatryoshkaLoss(model, loss, list(matryoshka_dims)) if matryoshka_dims else loss
+        dims = self.options.trained_dims(model.get_embedding_dimension())
+        return in_batch_loss(model, SIDES[side], dims, mini_batch_size)

