@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 
+from sbert_kernels.bench import page
 from sbert_kernels.bench.cases import contrastive, gpu, gradcache, objective, ranking, training
 
 # Each subject's cases, with the options of its command line, and what it measures.
@@ -20,12 +21,15 @@ SUBJECTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a sub-command for each subject."""
-    commands = parser.add_subparsers(dest="subject", required=True, metavar=" | ".join(SUBJECTS))
+    """Adds a sub-command for each subject, and one that writes the page about all results."""
+    commands = parser.add_subparsers(dest="subject", required=True, metavar=" | ".join([*SUBJECTS, "report"]))
     for name, (cases, text) in SUBJECTS.items():
         subject = commands.add_parser(name, help=text)
         cases.add_arguments(subject)
         subject.set_defaults(run=functools.partial(_measure, name))
+    report = commands.add_parser("report", help="write docs/benchmarks.md and its picture from the recorded results")
+    page.add_arguments(report)
+    report.set_defaults(run=page.run)
 
 
 def _measure(subject: str, arguments: argparse.Namespace) -> None:
