@@ -234,6 +234,6 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
 def compiled() -> None:
     """Skips where they can't be compiled for want of a compiler; fails where they should load and don't."""
     reason = extension.load()
-    if reason is not None and extension.obstacle() is not None:
+    if reason is not None and extension.why_not_compile() is not None:
         pytest.skip(f"no compiled kernels: {reason}")
     assert reason is None, reason

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sbert_kernels import contrastive_loss
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
-from sbert_kernels.backends.cpu.contrastive import Products
+from sbert_kernels.backends.cpu.contrastive import MatmulPrecision
 
 DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
 
@@ -161,17 +161,17 @@ def test_blockwise_equals_the_reference(problem: dict[str, Any], block_rows: int
 
 
 # A product's rounding of its operands, and of the softmax weights between the products.
-UNIT = {Products.FLOAT32: 2.0**-24, Products.BFLOAT16X3: 2.0**-16, Products.BFLOAT16: 2.0**-8}
+UNIT = {MatmulPrecision.FLOAT32: 2.0**-24, MatmulPrecision.BFLOAT16X3: 2.0**-16, MatmulPrecision.BFLOAT16: 2.0**-8}
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        (Products.FLOAT32, torch.float32),
-        (Products.BFLOAT16X3, torch.float32),
-        (Products.BFLOAT16, torch.float32),
-        (Products.BFLOAT16, torch.bfloat16),
+        (MatmulPrecision.FLOAT32, torch.float32),
+        (MatmulPrecision.BFLOAT16X3, torch.float32),
+        (MatmulPrecision.BFLOAT16, torch.float32),
+        (MatmulPrecision.BFLOAT16, torch.bfloat16),
     ],
     ids=["float32", "bfloat16x3", "bfloat16 of float32", "bfloat16"],
 )
@@ -184,16 +184,16 @@ UNIT = {Products.FLOAT32: 2.0**-24, Products.BFLOAT16X3: 2.0**-16, Products.BFLO
     block_bytes=st.sampled_from([1, 10_000, 200_000, 64 * library.MIB]),
 )
 def test_cpu_equals_the_reference(
-    kind: Products, dtype: torch.dtype, problem: dict[str, Any], block_bytes: int
+    kind: MatmulPrecision, dtype: torch.dtype, problem: dict[str, Any], block_bytes: int
 ) -> None:
     """Errors of at most twice those of eager float32, and some roundings of the products' own."""
-    reason = cpu.why_not(kind)
+    reason = cpu.why_not_precision(kind)
     if reason is not None:
         pytest.skip(reason)
     with library.override(block_bytes=block_bytes, products=kind.name.lower()):
         ours = loss_and_gradients("cpu", problem, dtype)
     # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.
-    check_errors(ours, problem, UNIT[kind], logits_are_rounded=kind != Products.BFLOAT16)
+    check_errors(ours, problem, UNIT[kind], logits_are_rounded=kind != MatmulPrecision.BFLOAT16)
 
 
 def check_errors(ours: list[torch.Tensor], problem: dict[str, Any], unit: float, logits_are_rounded: bool) -> None:

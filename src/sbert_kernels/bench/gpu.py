@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbert_kernels import contrastive_loss, machine, settings
-from sbert_kernels.backends.triton import obstacle
+from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.bench import contrastive, gpu_peers, harness, ranking
 from sbert_kernels.bench.cases.gpu import KINDS
 from sbert_kernels.bench.gpu_jobs import LEAST_SECONDS, NOT_RUN, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
@@ -284,31 +284,12 @@ def gemm_rate(case: contrastive.Case, device: str) -> float:
 def chosen_strategy(case: contrastive.Case) -> str:
     """Returns the strategy that the cost model takes for an in-batch case."""
     from sbert_kernels.backends.triton import contrastive as kernels
-    from sbert_kernels.problems.contrastive import ContrastiveProblem, Needs
+    from sbert_kernels.problems.contrastive import ContrastiveProblem, ContrastiveSpec, Needs
+    from sbert_kernels.problems.scale import Scale
 
     embeddings = torch.empty(case.batch, case.dim, dtype=contrastive.DTYPES[case.dtype], device="meta")
-    problem = ContrastiveProblem(
-        queries=embeddings,
-        documents=(embeddings,) * (1 + case.negatives),
-        all_queries=None,
-        scale=case.scale,
-        similarity="cos",
-        directions=("query_to_doc",),
-        partition_mode="joint",
-        hardness_mode=None,
-        hardness_strength=0.0,
-        weights=None,
-        query_ids=None,
-        document_ids=None,
-        duplicates="keep",
-        guide_queries=None,
-        guide_documents=(),
-        margin_strategy="absolute",
-        margin=0.0,
-        row_offset=0,
-        dims=(case.dim,),
-        dim_weights=(1.0,),
-    )
+    spec = ContrastiveSpec(dims=(case.dim,), dim_weights=(1.0,))
+    problem = ContrastiveProblem(embeddings, (embeddings,) * (1 + case.negatives), Scale(case.scale), spec=spec)
     return kernels.choose_strategy(problem, Needs(queries=True, documents=True))
 
 
@@ -463,7 +444,7 @@ def new_reports() -> dict[str, Report]:
 def run(args: argparse.Namespace) -> None:
     """Runs the command: exits with status 2 where there is no GPU that the Triton kernels can use."""
     harness.begin(args)
-    why_not = obstacle("cuda", by_name=True) if torch.cuda.is_available() else "torch sees none"
+    why_not = why_not_on("cuda", by_name=True) if torch.cuda.is_available() else "torch sees none"
     if why_not is not None:
         print(f"bench gpu needs a GPU ({why_not}); where there is one: {COMMAND}", file=sys.stderr)
         raise SystemExit(2)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_kernels import contrastive_loss, pairwise_similarity, ranking_loss, settings
-from sbert_kernels.backends.triton import obstacle
+from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.machine import matmul_precision
 from sbert_kernels.settings import MIB
 
@@ -41,7 +41,7 @@ KINDS = [*UNIT]
 
 @pytest.fixture(autouse=True)
 def _served() -> None:
-    reason = obstacle(str(torch.empty(0, device=DEVICE).device), by_name=True)
+    reason = why_not_on(str(torch.empty(0, device=DEVICE).device), by_name=True)
     if reason is not None:
         pytest.skip(reason)
 
