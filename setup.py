@@ -38,9 +38,11 @@ class BuildLibrary(build_ext):
     """Compiles as the first use does, into a file whose name says what it was built for."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        """Returns the file's path below the build folder."""
         return os.path.join(*fullname.split(".")[:-1], extension.prebuilt_name())
 
     def build_extension(self, ext: Extension) -> None:
+        """Compiles the library; raises CompileError with the reason on one line."""
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         remove_libraries(library.parent)
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,8 @@ class BuildLibrary(build_ext):
         except extension.BuildError as error:
             raise CompileError(f"{error} (full log: {log})") from None
 
-    def copy_extensions_to_source(self) -> None:  # an editable install
+    def copy_extensions_to_source(self) -> None:
+        """Puts the library beside the sources, for an editable install."""
         remove_libraries(extension.PACKAGE)
         super().copy_extensions_to_source()
 
@@ -60,6 +63,7 @@ class Wheel(bdist_wheel):
     """Tagged by what is inside: a library needs its platform but no particular Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Returns the tag of the wheel: "any" where it holds no library."""
         self.root_is_pure = not any(
             Path(self.get_finalized_command("build_ext").build_lib).glob("sbert_kernels/_cpu-*")
         )

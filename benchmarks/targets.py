@@ -73,7 +73,7 @@ def _ran(row: Mapping[str, Any]) -> bool:
 def _bounded(
     target: str, row: Mapping[str, Any], key: str, least: float = -math.inf, most: float = math.inf
 ) -> Verdict:
-    value = row.get(key)
+    value = row.get(key, math.nan)
     if not _number(value):
         return Verdict(target, False if "note" in row else None, row.get("note", "-"))
     return Verdict(target, least <= value <= most, f"{value:.3g}")

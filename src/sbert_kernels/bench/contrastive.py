@@ -25,11 +25,18 @@ from tqdm import tqdm
 from sbert_kernels import machine
 from sbert_kernels.bench import harness
 from sbert_kernels.bench.cases.contrastive import CASES, LARGE, PEERS, QUICK_BATCH, Case
-from sbert_kernels.bench.peers import Embedded, compiled, largest_error
+from sbert_kernels.bench.peers import Embedded, compiled, gradients_of, largest_error
 from sbert_kernels.bench.report import Chart, Report
 from sbert_kernels.workloads.recipes import OURS, STOCK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    """Returns the type of embeddings that a case names; raises ValueError if it leaves that to the command line."""
+    if case.dtype is None:
+        raise ValueError(f"dtype: got None, wanted one of {', '.join(DTYPES)}")
+    return DTYPES[case.dtype]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -116,7 +123,7 @@ def _run_case(
 
 
 def make_loss(library: str, case: Case) -> nn.Module:
-    """The loss of the case out of a library (the name of a module), on a model that returns its inputs."""
+    """Returns the loss of the case out of a library (the name of a module), on a model that returns its inputs."""
     losses = importlib.import_module(library)
     loss_class = getattr(losses, case.loss)
     if case.dims:
@@ -134,7 +141,7 @@ def make_loss(library: str, case: Case) -> nn.Module:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> list[dict[str, Tensor]]:
-    """Columns (anchor, positive, *negatives) of embeddings [N, D], with positives as hard as in the middle of training.
+    """Returns columns (anchor, positive, *negatives) of embeddings (N, D), with positives as in the midst of training.
 
     Random columns of unit length have cosines of variance 1/D, hence logsumexp_j(scale * s_ij) is about
     log(M) + scale^2 / (2 D); the positives get the noise that puts their logits there, for a loss near log 2.
@@ -162,14 +169,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> list[dict[str, T
 def make_step(
     loss: nn.Module, case: Case, inputs: list[dict[str, Tensor]]
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A call that runs forward and backward and returns the detached loss, and the leaves whose `.grad` it fills."""
+    """Returns a call that runs forward and backward and returns the loss, and the leaves whose `.grad` it fills."""
     if case.cached:  # the loss stage of the gradient cache: leaves of one mini-batch each, backward inside
         size = case.options["mini_batch_size"]
+        calculate_loss: Callable[..., Tensor] = getattr(loss, "calculate_loss")  # noqa: B009 - not of nn.Module
         reps = [[x.clone().requires_grad_() for x in column["embedding"].split(size)] for column in inputs]
         leaves = [leaf for column in reps for leaf in column]
 
         def forward_backward() -> Tensor:
-            return loss.calculate_loss(reps, None, with_backward=True)
+            return calculate_loss(reps, None, with_backward=True)
     else:
         features = [column | {"embedding": column["embedding"].clone().requires_grad_()} for column in inputs]
         leaves = [column["embedding"] for column in features]
@@ -188,7 +196,7 @@ def make_step(
 
 
 def prepare(library: str, case: Case, dtype: torch.dtype, device: str) -> Callable[[], float]:
-    """For `run_in_process`: imports, a warm-up on a tiny batch, the inputs; what it returns is metered."""
+    """Imports, warms up on a tiny batch, makes the inputs; returns the call that `run_in_process` meters."""
     torch.set_float32_matmul_precision(case.precision)
     loss = make_loss(library, case)
     tiny = replace(case, batch=64)
@@ -201,7 +209,7 @@ def prepare(library: str, case: Case, dtype: torch.dtype, device: str) -> Callab
 
 
 def _parity(case: Case, dtype: torch.dtype, device: str) -> tuple[float, float, float]:
-    """(error of ours, error of stock in this dtype, limit), against stock in float32 on the same rounded inputs.
+    """Returns (error of ours, error of stock in this dtype, limit), against stock in float32 on the rounded inputs.
 
     An error is the largest, over the loss and the gradient of each column, of |x - reference| / |reference| in the
     Euclidean norm: one wrong row in a batch of a million shows, one guide's exclusion on a knife's edge does not.
@@ -219,17 +227,17 @@ def _parity(case: Case, dtype: torch.dtype, device: str) -> tuple[float, float, 
 def _loss_and_gradients(library: str, case: Case, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
     step, leaves = make_step(make_loss(library, case), case, inputs)
     value = step()
-    gradients = torch.cat([leaf.grad for leaf in leaves]).float().chunk(len(inputs))
+    gradients = torch.cat(gradients_of(leaves)).float().chunk(len(inputs))
     return [value.float(), *gradients]
 
 
 def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple[dict[str, machine.Timing], str | None]:
-    """Seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
+    """Returns the seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
     inputs = make_inputs(case, dtype, device)
     ours = make_step(make_loss(OURS, case), case, inputs)[0]
     if case.alone:
         return machine.measure({"ours": ours}, repeats=repeats), "stock cannot run it: parity of a small batch"
-    contenders = {"stock": make_step(make_loss(STOCK, case), case, inputs)[0]}
+    contenders: dict[str, Callable[[], Tensor]] = {"stock": make_step(make_loss(STOCK, case), case, inputs)[0]}
     if dtype != torch.float32:  # most who train in low precision have a loss in float32 to compare with
         wide = [{key: value.float() for key, value in column.items()} for column in inputs]
         contenders["stock float32"] = make_step(make_loss(STOCK, case), case, wide)[0]
@@ -241,7 +249,7 @@ def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple
 
 
 def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) -> float:
-    """Seconds of the matrix products of one step, as plain GEMMs: similarities, dR and dC for each term.
+    """Returns the seconds of the matrix products of one step, as plain GEMMs: similarities, dR and dC for each term.
 
     A guide adds one product a term: its own similarities. Narrower prefixes of a MatryoshkaLoss add none.
     """

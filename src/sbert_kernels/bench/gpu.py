@@ -33,7 +33,7 @@ from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.bench import contrastive, gpu_peers, harness, ranking
 from sbert_kernels.bench.cases.gpu import KINDS
 from sbert_kernels.bench.gpu_jobs import LEAST_SECONDS, NOT_RUN, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
-from sbert_kernels.bench.peers import compiled, largest_error
+from sbert_kernels.bench.peers import compiled, gradients_of, largest_error
 from sbert_kernels.bench.report import Chart, Report
 from sbert_kernels.workloads.recipes import OURS, STOCK
 
@@ -53,7 +53,7 @@ COMMAND = "python -m sbert_kernels bench gpu"
 
 @dataclass
 class Bench:
-    """What the jobs share."""
+    """Holds what the jobs share, and runs them."""
 
     device: str
     repeats: int
@@ -85,7 +85,7 @@ class Bench:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line."""
+    """Returns an exception in one line."""
     if machine.is_out_of_memory(error):
         return machine.OUT_OF_MEMORY
     lines = str(error).strip().splitlines()
@@ -102,9 +102,10 @@ def _release() -> None:
 
 
 class Masked(nn.Module):
-    """Our in-batch loss where documents of the same id are no negatives of one another's queries."""
+    """Computes our in-batch loss where documents of one id are no negatives of one another's queries."""
 
     def forward(self, features: list[dict[str, Tensor]], labels: None) -> Tensor:
+        """Returns the loss; every two rows have the same document id."""
         queries, documents = (column["embedding"] for column in features)
         return contrastive_loss(queries, documents, duplicates="mask", document_ids=_ids(len(documents), documents))
 
@@ -114,7 +115,7 @@ def _ids(rows: int, like: Tensor) -> Tensor:
 
 
 def _masked_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Stock's similarity, with the same exclusions."""
+    """Returns stock's similarities (N, N), with the same exclusions."""
     from sentence_transformers.util import cos_sim
 
     ids = _ids(len(b), b)
@@ -123,27 +124,28 @@ def _masked_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def loss_of(library: str, job: Job) -> nn.Module:
-    """The loss of a job out of a library (the name of a module)."""
+    """Returns the loss of a job out of a library (the name of a module)."""
     if job.mask and library == OURS:
         return Masked()
-    case = replace(job.case, options={"similarity_fct": _masked_similarity}) if job.mask else job.case
+    case = replace(job.in_batch, options={"similarity_fct": _masked_similarity}) if job.mask else job.in_batch
     return contrastive.make_loss(library, case)
 
 
 def parity_row(bench: Bench, job: Job) -> dict[str, Any]:
-    """Errors of ours, by each strategy, and of eager in the same dtype."""
-    case, errors = job.case, {}
-    if isinstance(case, ranking.Case):
-        errors["ours"], eager, _ = ranking.parity(case, bench.device)
+    """Returns the row of a parity job: errors of ours, by each strategy, and of eager in the same dtype."""
+    errors: dict[str, float] = {}
+    if isinstance(job.case, ranking.Case):
+        errors["ours"], eager, _ = ranking.parity(job.case, bench.device)
     else:
-        inputs = contrastive.make_inputs(case, contrastive.DTYPES[job.case.dtype], bench.device)
+        case = job.in_batch
+        inputs = contrastive.make_inputs(case, contrastive.dtype_of(case), bench.device)
         exact = _loss_and_gradients(loss_of(STOCK, job), case, inputs, torch.float64)
         eager = largest_error(_loss_and_gradients(loss_of(STOCK, job), case, inputs), exact)
         for strategy in settings.STRATEGIES:
             with settings.override(backend=bench.backend, strategy=strategy):
                 errors[strategy] = largest_error(_loss_and_gradients(loss_of(OURS, job), case, inputs), exact)
     row = {**job.columns, **{f"{name} error": error for name, error in errors.items()}}
-    limit = 2 * eager + FEW_ROUNDINGS[case.dtype]
+    limit = 2 * eager + FEW_ROUNDINGS[job.columns["dtype"]]
     row |= {"eager error": eager, "limit": limit, "verdict": "pass"}
     wrong = [f"{name} error {error:.2g} above {limit:.2g}" for name, error in errors.items() if not error <= limit]
     return row | ({"verdict": "FAIL", "note": "; ".join(wrong)} if wrong else {})
@@ -152,14 +154,14 @@ def parity_row(bench: Bench, job: Job) -> dict[str, Any]:
 def _loss_and_gradients(
     loss: nn.Module, case: contrastive.Case, inputs: list[dict[str, Tensor]], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """In float64; computed in `dtype` where it is not the inputs' own."""
+    """Returns loss and gradients in float64; computed in `dtype`, or in the inputs' own."""
     columns = [{key: value.to(dtype or value.dtype) for key, value in column.items()} for column in inputs]
     step, leaves = contrastive.make_step(loss, case, columns)
-    return [step().double(), *(leaf.grad.double() for leaf in leaves)]
+    return [step().double(), *(gradient.double() for gradient in gradients_of(leaves))]
 
 
 def check_peers(bench: Bench) -> Iterable[dict[str, Any]]:
-    """Errors of the peers, which are not timed if they compute something else."""
+    """Yields a row with the error of each peer; peers that compute something else are not timed."""
     case = in_batch(1024, 384)
     inputs = contrastive.make_inputs(case, torch.bfloat16, bench.device)
     exact = _loss_and_gradients(contrastive.make_loss(STOCK, case), case, inputs, torch.float64)
@@ -182,13 +184,13 @@ def check_peers(bench: Bench) -> Iterable[dict[str, Any]]:
 
 
 def too_large(case: contrastive.Case, free_bytes: float) -> str | None:
-    """What one N x N matrix needs, where it alone cannot fit; eager torch holds several."""
-    needed = case.batch * case.batch * (1 + case.negatives) * contrastive.DTYPES[case.dtype].itemsize
+    """Returns what one N x N matrix needs if it alone cannot fit, or None; eager torch holds several."""
+    needed = case.batch * case.batch * (1 + case.negatives) * contrastive.dtype_of(case).itemsize
     return f"needs {needed / 2**30:.3g} GiB" if needed > free_bytes else None
 
 
 def free_bytes() -> float:
-    """What torch can still allocate."""
+    """Returns the bytes that torch can still allocate."""
     if not torch.cuda.is_available():
         return math.inf
     torch.cuda.empty_cache()
@@ -199,11 +201,11 @@ Make = Callable[[], Callable[[], object]]
 
 
 def contenders(bench: Bench, job: Job) -> dict[str, Make | str]:
-    """How to make the step of each contender, or why there is none."""
-    case = job.case
-    inputs = contrastive.make_inputs(case, contrastive.DTYPES[job.case.dtype], bench.device)
+    """Returns how to make the step of each contender, or why there is none."""
+    case = job.in_batch
+    inputs = contrastive.make_inputs(case, contrastive.dtype_of(case), bench.device)
 
-    def step_of(loss: nn.Module) -> Callable[[], object]:
+    def step_of(loss: nn.Module) -> Callable[[], Tensor]:
         return contrastive.make_step(loss, case, inputs)[0]
 
     def compiled_step() -> Callable[[], object]:
@@ -271,8 +273,8 @@ def timed(
 
 
 def gemm_rate(case: contrastive.Case, device: str) -> float:
-    """Operations a second of the vendor's three products of a step, of as many rows as fit."""
-    n, m, dim, dtype = case.batch, case.batch * (1 + case.negatives), case.dim, contrastive.DTYPES[case.dtype]
+    """Returns the operations a second of the vendor's three products of a step, of as many rows as fit."""
+    n, m, dim, dtype = case.batch, case.batch * (1 + case.negatives), case.dim, contrastive.dtype_of(case)
     n = min(n, max(1, GEMM_ENTRIES // m))
     seconds = sum(
         machine.gemm_seconds(*shape, dtype, repeats=3, device=device)
@@ -287,7 +289,7 @@ def chosen_strategy(case: contrastive.Case) -> str:
     from sbert_kernels.problems.contrastive import ContrastiveProblem, ContrastiveSpec, Needs
     from sbert_kernels.problems.scale import Scale
 
-    embeddings = torch.empty(case.batch, case.dim, dtype=contrastive.DTYPES[case.dtype], device="meta")
+    embeddings = torch.empty(case.batch, case.dim, dtype=contrastive.dtype_of(case), device="meta")
     spec = ContrastiveSpec(dims=(case.dim,), dim_weights=(1.0,))
     problem = ContrastiveProblem(embeddings, (embeddings,) * (1 + case.negatives), Scale(case.scale), spec=spec)
     return kernels.choose_strategy(problem, Needs(queries=True, documents=True))
@@ -296,7 +298,7 @@ def chosen_strategy(case: contrastive.Case) -> str:
 def columns_of(
     case: contrastive.Case, timings: Mapping[str, machine.Timing], chosen: str, rate: float
 ) -> dict[str, Any]:
-    """The columns of a row of the in-batch loss. Ours is the strategy that the cost model chose."""
+    """Returns the columns of a row of the in-batch loss. Ours is the strategy that the cost model chose."""
     timings = {"ours": timings[chosen], **timings}
     row: dict[str, Any] = {f"{name} ms": timing.error or 1e3 * timing.median_s for name, timing in timings.items()}
     ours = timings["ours"].median_s
@@ -311,8 +313,8 @@ def columns_of(
 
 
 def contrastive_row(bench: Bench, job: Job) -> dict[str, Any]:
-    """Times, ratios, and what of the vendor's rate ours reaches."""
-    case = job.case
+    """Returns times, ratios, and which share of the vendor's rate ours reaches."""
+    case = job.in_batch
     timings = timed(contenders(bench, job), bench.repeats, bench.budget, lambda name: bench.pace.seconds(name, case))
     for name, timing in timings.items():
         if timing.samples:
@@ -323,7 +325,7 @@ def contrastive_row(bench: Bench, job: Job) -> dict[str, Any]:
 
 
 def note_of(timings: Mapping[str, machine.Timing]) -> dict[str, str]:
-    """The column that says what of ours failed, if anything did."""
+    """Returns the column that says which of ours failed, if any did."""
     errors = {name: timing.error for name, timing in timings.items() if timing.error}
     broken = [f"{name}: {error}" for name, error in errors.items() if not error.startswith(NOT_RUN)]
     return {"note": "; ".join(broken)} if broken else {}
@@ -333,9 +335,9 @@ def note_of(timings: Mapping[str, machine.Timing]) -> dict[str, str]:
 
 
 def memory_row(bench: Bench, job: Job) -> dict[str, Any]:
-    """Peak extra memory of ours and of eager torch, each in a process of its own."""
-    case, row = job.case, job.columns
-    dtype = contrastive.DTYPES[case.dtype]
+    """Returns the peak extra memory of ours and of eager torch, each in a process of its own."""
+    case, row = job.in_batch, job.columns
+    dtype = contrastive.dtype_of(case)
     matrix = too_large(case, free_bytes())
     for name, library in (("ours", OURS), ("eager", STOCK)):
         if name == "eager" and matrix:
@@ -351,16 +353,16 @@ def memory_row(bench: Bench, job: Job) -> dict[str, Any]:
 
 
 def losses_row(bench: Bench, job: Job) -> dict[str, Any]:
-    """Times of a ranking loss or of Matryoshka's, ours and eager."""
+    """Returns the times of a ranking loss or of Matryoshka's, ours and eager."""
     case = job.case
 
     def step_of(library: str) -> Callable[[], object]:
         if isinstance(case, ranking.Case):
             return ranking.make_step(ranking.make_loss(library, case), *ranking.make_inputs(case, bench.device))[0]
-        inputs = contrastive.make_inputs(case, contrastive.DTYPES[job.case.dtype], bench.device)
+        inputs = contrastive.make_inputs(case, contrastive.dtype_of(case), bench.device)
         return contrastive.make_step(contrastive.make_loss(library, case), case, inputs)[0]
 
-    makes = {"ours": partial(step_of, OURS), "eager": partial(step_of, STOCK)}
+    makes: dict[str, Make | str] = {"ours": partial(step_of, OURS), "eager": partial(step_of, STOCK)}
     if isinstance(case, contrastive.Case):
         makes["eager"] = too_large(case, free_bytes()) or makes["eager"]
     timings = timed(makes, bench.repeats, bench.budget)
@@ -412,10 +414,10 @@ def _compile(device: str, backend: str | None, until: float, job: Job) -> str | 
             if isinstance(job.case, ranking.Case):
                 ranking.parity(job.case, device)
                 return None
-            inputs = contrastive.make_inputs(job.case, contrastive.DTYPES[job.case.dtype], device)
+            inputs = contrastive.make_inputs(job.in_batch, contrastive.dtype_of(job.in_batch), device)
             for strategy in settings.STRATEGIES:
                 with settings.override(backend=backend, strategy=strategy):
-                    _loss_and_gradients(loss_of(OURS, job), job.case, inputs)
+                    _loss_and_gradients(loss_of(OURS, job), job.in_batch, inputs)
     except Exception as error:
         return reason(error)
     return None
@@ -425,7 +427,7 @@ def _compile(device: str, backend: str | None, until: float, job: Job) -> str | 
 
 
 def new_reports() -> dict[str, Report]:
-    """An empty report for each kind of job."""
+    """Returns an empty report for each kind of job."""
     names = {"ours": "ours ms", "eager": "eager ms", "torch.compile": "compiled ms"}
     times = Chart("ms, median (times ours)", {**names, **{name: f"{name} ms" for name in gpu_peers.PEERS}})
     charts = {

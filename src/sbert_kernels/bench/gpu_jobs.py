@@ -1,4 +1,4 @@
-"""What `bench gpu` runs, in which order, and the time that there is for it."""
+"""The jobs of `bench gpu` in the order in which they run, and the time that there is for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MATRYOSHKA = (768, 512, 256, 128, 64)
 
 @dataclass(frozen=True)
 class Job:
-    """One row of a report. Fewer peers than there are make a short job of it."""
+    """Describes one row of a report. Without peers it is a short job."""
 
     kind: str  # one of KINDS
     case: contrastive.Case | ranking.Case
@@ -26,16 +26,25 @@ class Job:
 
     @property
     def precision(self) -> str:
+        """Returns the precision of float32 products, as torch.set_float32_matmul_precision has it."""
         return getattr(self.case, "precision", "highest")
 
     @property
+    def in_batch(self) -> contrastive.Case:
+        """Returns the case of a job of the in-batch loss; raises TypeError for a ranking loss."""
+        if isinstance(self.case, ranking.Case):
+            raise TypeError(f"case: got the ranking loss {self.name}, wanted an in-batch loss")
+        return self.case
+
+    @property
     def columns(self) -> dict[str, Any]:
-        """What every row of a report begins with."""
+        """Returns the columns that every row of a report begins with."""
         rows = self.case.rows if isinstance(self.case, ranking.Case) else self.case.batch
         return {"case": self.name, "N": rows, "D": self.case.dim, "dtype": self.case.dtype}
 
     @property
     def name(self) -> str:
+        """Returns the size, the type and the options in one line."""
         case = self.case
         if isinstance(case, ranking.Case):
             return f"{'+'.join(case.losses)} {case.size} {case.dtype}"
@@ -49,7 +58,7 @@ class Job:
 
 
 def in_batch(rows: int, dim: int, dtype: str = "bfloat16", **values: Any) -> contrastive.Case:
-    """A case of the in-batch-negatives loss."""
+    """Returns a case of the in-batch-negatives loss."""
     return contrastive.Case(MNR, rows, rows, dim=dim, dtype=dtype, **values)
 
 
@@ -59,7 +68,7 @@ LEAST_SECONDS = {"parity": 5.0, "contrastive": 20.0, "memory": 30.0, "losses": 1
 
 
 def plan(quick: bool = False) -> list[Job]:
-    """The jobs, the most important first."""
+    """Returns the jobs, the most important first."""
     float32 = {"dtype": "float32"}
     parity = [
         Job("parity", in_batch(PARITY_ROWS, 384, **kind, **options), mask=mask)
@@ -116,25 +125,27 @@ def plan(quick: bool = False) -> list[Job]:
 
 
 class Budget:
-    """Seconds from now on; `clock` is read for the time."""
+    """Counts seconds from now on; `clock` is read for the time."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
 
     def left(self) -> float:
+        """Returns the seconds that are left; negative ones if none are."""
         return self._end - self._clock()
 
 
 class Pace:
-    """How long calls took, to foresee those of other sizes: time grows with the square of N."""
+    """Foresees how long calls take from calls of other sizes: time grows with the square of N."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Any, ...], tuple[int, float]] = {}
 
     def note(self, name: str, case: contrastive.Case, seconds: float) -> None:
+        """Remembers how long a contender took for a case."""
         self._seen[name, case.dim, case.dtype, case.precision] = case.batch, seconds
 
     def seconds(self, name: str, case: contrastive.Case) -> float:
-        """What a call should take; 0 where nothing alike has been seen."""
+        """Returns what a call should take; 0 where nothing alike has been seen."""
         rows, seconds = self._seen.get((name, case.dim, case.dtype, case.precision), (case.batch, 0.0))
         return seconds * (case.batch / rows) ** 2

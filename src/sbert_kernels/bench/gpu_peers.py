@@ -1,4 +1,4 @@
-"""What other libraries make of the in-batch loss on a GPU: fused cross-entropies, fed with queries and documents.
+"""Other libraries' fused cross-entropies on a GPU, fed with queries and documents, as peers of the in-batch loss.
 
 They are written for the last layer of a language model (hidden states, the weights of a vocabulary, targets). Queries
 of unit length are the hidden states, documents of unit length times the scale the weights, and row i's target is i.
@@ -23,7 +23,7 @@ CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """A distribution on PyPI; `load` imports it and returns what it computes, or raises ImportError."""
+    """Names a distribution on PyPI; `load` imports it and returns its function, or raises ImportError."""
 
     distribution: str
     load: Callable[[], CrossEntropy]
@@ -61,19 +61,20 @@ PEERS = {
 
 
 class InBatchLoss(nn.Module):
-    """The loss of (queries, documents) columns by a cross-entropy, called as the losses of both libraries are."""
+    """Computes the loss of (queries, documents) columns by a cross-entropy; called as the losses of both libraries."""
 
     def __init__(self, cross_entropy: CrossEntropy, scale: float) -> None:
         super().__init__()
         self.cross_entropy, self.scale = cross_entropy, scale
 
     def forward(self, features: list[dict[str, Tensor]], labels: None) -> Tensor:
+        """Returns the mean loss over the rows."""
         queries, documents = (F.normalize(column["embedding"], dim=1) for column in features)
         return self.cross_entropy(queries, self.scale * documents, torch.arange(len(queries), device=queries.device))
 
 
 def load() -> tuple[dict[str, CrossEntropy], dict[str, str]]:
-    """The peers that can be imported, and why each of the others cannot."""
+    """Returns the peers that can be imported, and why each of the others cannot."""
     found: dict[str, CrossEntropy] = {}
     missing: dict[str, str] = {}
     for name, peer in PEERS.items():
@@ -86,6 +87,6 @@ def load() -> tuple[dict[str, CrossEntropy], dict[str, str]]:
 
 
 def advice(missing: dict[str, str]) -> str | None:
-    """How to have the peers that are not installed, or None."""
+    """Returns how to install the peers that are missing, or None if none is."""
     wanted = [PEERS[name].distribution for name, reason in missing.items() if reason == "not installed"]
     return f"more peers to compare with: pip install {' '.join(wanted)}" if wanted else None

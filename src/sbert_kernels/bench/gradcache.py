@@ -65,7 +65,7 @@ LENGTH_STEP = 32
 
 @dataclass(frozen=True)
 class Contender:
-    """A loss of a library (the name of a module), and its options."""
+    """Names a loss of a library (the name of a module), and its options."""
 
     library: str
     options: Mapping[str, int] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Contender:
 
 @dataclass
 class Tokens:
-    """What a model was given. `squares` is the sum of the rows' lengths squared, which attention works in."""
+    """Counts what a model was given. `squares` is the sum of the rows' lengths squared, which attention works in."""
 
     first: int = 0  # in the loss's forward, padding included
     second: int = 0  # in its backward
@@ -84,7 +84,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process brings back besides its time and memory: the loss of each step, the tokens of all of them."""
+    """Holds what a process brings back besides time and memory: the loss of each step, the tokens of all."""
 
     losses: list[float]
     tokens: Tokens
@@ -133,7 +133,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _sized(case: Case, args: argparse.Namespace) -> Case:
     if args.quick:
-        case = replace(case, **QUICK, steps=case.steps and QUICK_STEPS)
+        case = replace(case, pairs=QUICK["pairs"], length=QUICK["length"], mini_batch=QUICK["mini_batch"])
+        case = replace(case, steps=case.steps and QUICK_STEPS)
     return replace(case, steps=case.steps and (args.steps or case.steps))
 
 
@@ -184,7 +185,7 @@ def _measured(
     curves: bool,
     floor_of: Callable[[Tokens], float],
 ) -> dict[str, Any]:
-    """The numbers of a row, from the processes of a contender and those of stock."""
+    """Returns the numbers of a row, from the processes of a contender and those of stock."""
     error = next((result.error for result in results if result.error), None)
     if error:
         return {"s": error, "peak extra MiB": error}
@@ -216,7 +217,7 @@ def _measured(
 
 
 def build_model(case: Case) -> SentenceTransformer:
-    """The model in training mode; without dropout where the Trainer's loss curves are compared."""
+    """Returns the model in training mode; without dropout where the Trainer's loss curves are compared."""
     from sbert_kernels.workloads import models
 
     model = models.minilm_model()
@@ -225,7 +226,7 @@ def build_model(case: Case) -> SentenceTransformer:
 
 
 def select_rows(model: SentenceTransformer, case: Case, pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """So many rows in a mixed order, repeated where there are too few."""
+    """Returns so many rows in a mixed order, repeated where there are too few."""
     if case.equal:
         lengths = [column["attention_mask"].sum(dim=1) for column in features_of(model, pairs)]
         full = torch.stack(lengths).eq(case.length).all(dim=0).tolist()
@@ -236,7 +237,7 @@ def select_rows(model: SentenceTransformer, case: Case, pairs: Sequence[Pair], c
 
 
 def _contenders(model: SentenceTransformer, case: Case, pairs: Sequence[Pair]) -> dict[str, Contender]:
-    """The peers of the case on a batch of these pairs; half of all its activations is what one of them may keep."""
+    """Returns the peers of the case on a batch of these pairs; one may keep half of the batch's activations."""
     rows = {"mini_batch_size": case.mini_batch}
     by_tokens = {"mini_batch_num_tokens": case.tokens[1]}
     found = {
@@ -254,11 +255,12 @@ def _contenders(model: SentenceTransformer, case: Case, pairs: Sequence[Pair]) -
 
 
 def make_loss(contender: Contender, model: SentenceTransformer) -> nn.Module:
+    """Returns the loss of a contender on a model."""
     return getattr(importlib.import_module(contender.library), contender.loss)(model, **contender.options)
 
 
 def prepare(contender: Contender, case: Case, pairs: Sequence[Pair], output: Path) -> Callable[[], Outcome]:
-    """For `run_in_process`: imports, the model, a warm-up on a few pairs; what it returns is metered."""
+    """Imports, builds the model, warms up on a few pairs; returns the call that `run_in_process` meters."""
     from sbert_kernels.workloads import training
 
     training.quiet_libraries()
@@ -276,18 +278,18 @@ def prepare(contender: Contender, case: Case, pairs: Sequence[Pair], output: Pat
 
 
 def _in_this_process(target: Callable[..., Callable[[], Any]], *args: Any) -> machine.ProcessResult:
-    """As `run_in_process`, but in this one, where the peak of memory is not to be had."""
+    """Does as `run_in_process`, but in this process, where the peak of memory cannot be metered."""
     call = target(*args)
-    values = []
+    values: list[Any] = []
     timing = machine.measure({"call": lambda: values.append(call())}, repeats=1, warmup=0)["call"]
-    return machine.ProcessResult(*values, error=timing.error, seconds=timing.median_s)
+    return machine.ProcessResult(values[0] if values else None, error=timing.error, seconds=timing.median_s)
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
 def _parity(model: SentenceTransformer, case: Case, pairs: Sequence[Pair]) -> dict[str, tuple[float, float]]:
-    """Of each of ours without dropout: its loss's difference from stock's, and its gradients', both relative."""
+    """Returns the relative differences of loss and gradients of each of ours from stock's, without dropout."""
     features = features_of(model, pairs)
     contenders = _contenders(model, case, pairs)
     model.eval()
@@ -307,7 +309,7 @@ def _parity(model: SentenceTransformer, case: Case, pairs: Sequence[Pair]) -> di
 def _best_by_tokens(
     case: Case, pairs: Sequence[Pair], output: Path, meter: Callable[..., machine.ProcessResult]
 ) -> tuple[Contender, str]:
-    """Stock with the budget that is the fastest on a part of the batch, and a note on what the others took."""
+    """Returns stock with the budget that is the fastest on a part of the batch, and a note on the other budgets."""
     few = replace(case, pairs=2 * case.mini_batch)
     tried = {}
     for tokens in case.tokens:
@@ -320,7 +322,8 @@ def _best_by_tokens(
 
 def count_tokens(model: SentenceTransformer, loss: nn.Module) -> Tokens:
     """Counts what the model is given from here on, by hooks on it and on the loss."""
-    tokens, inside = Tokens(), []
+    tokens = Tokens()
+    inside: list[bool] = []  # holds something while the loss's forward runs
 
     def encoded(module: nn.Module, inputs: tuple[dict[str, Tensor], ...]) -> None:
         mask = inputs[0]["attention_mask"]
@@ -339,8 +342,9 @@ def count_tokens(model: SentenceTransformer, loss: nn.Module) -> Tokens:
 
 
 def activation_bytes(model: SentenceTransformer, lengths: Iterable[int]) -> int:
-    """Bytes that autograd holds of an encoding of unpadded rows of these lengths (each rounded up a little)."""
+    """Returns the bytes that autograd holds of an encoding of unpadded rows of these lengths, each rounded up."""
     longest = model.max_seq_length
+    assert longest is not None  # build_model sets it
     rounded = Counter(min(longest, math.ceil(length / LENGTH_STEP) * LENGTH_STEP) for length in lengths)
     return sum(count * _row_bytes(model, length) for length, count in rounded.items())
 
@@ -363,7 +367,7 @@ def _row_bytes(model: SentenceTransformer, length: int) -> int:
 
 
 def _uncached_bytes(model: SentenceTransformer, pairs: Sequence[Pair]) -> int:
-    """Bytes of activations of a step without a cache, which pads each column to its longest row."""
+    """Returns the bytes of activations of a step without a cache, which pads each column to its longest row."""
     widths = [column["input_ids"].shape for column in features_of(model, pairs)]
     return activation_bytes(model, [width for rows, width in widths for _ in range(rows)])
 
@@ -373,9 +377,14 @@ def _ram_bytes() -> float | None:
     return gib and gib * GIB
 
 
+def transformer_of(model: SentenceTransformer) -> Any:
+    """Returns the transformer of transformers inside a model."""
+    return model[0].model
+
+
 def flops(model: SentenceTransformer, tokens: Tokens) -> float:
-    """Of the matrix products that a step on these tokens cannot do without, padding aside."""
-    transformer = model[0].model
+    """Returns the FLOP of the matrix products that a step on these tokens cannot do without, padding aside."""
+    transformer = transformer_of(model)
     weights = sum(weight.numel() for weight in transformer.encoder.parameters() if weight.ndim == 2)
     attention = transformer.config.num_hidden_layers * transformer.config.hidden_size
     forward = 2 * weights * tokens.real + 4 * attention * tokens.squares
@@ -383,7 +392,7 @@ def flops(model: SentenceTransformer, tokens: Tokens) -> float:
 
 
 def gemm_rate(model: SentenceTransformer) -> float:
-    """FLOP a second of the model's widest layer, as a plain product of matrices."""
-    config = model[0].model.config
+    """Returns the FLOP a second of the model's widest layer, as a plain product of matrices."""
+    config = transformer_of(model).config
     shape = (GEMM_ROWS, config.intermediate_size, config.hidden_size)
     return 2 * math.prod(shape) / machine.gemm_seconds(*shape, torch.float32)

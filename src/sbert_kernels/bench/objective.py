@@ -117,18 +117,19 @@ def _run_case(name: str, case: Case, pairs: Sequence[Pair], repeats: int, say: C
 
 
 def build_model(case: Case) -> SentenceTransformer:
+    """Returns the model of the case."""
     from sbert_kernels.workloads import models
 
-    return models.static_model(case.dim, seed=0) if case.model == "static" else models.minilm_model()
+    return models.minilm_model() if case.dim is None else models.static_model(case.dim, seed=0)
 
 
 def make_batch(model: SentenceTransformer, pairs: Sequence[Pair]) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """The features of both columns, and labels [N] in [0, 1]."""
+    """Returns the features of both columns, and labels (N,) in [0, 1]."""
     return features_of(model, pairs), torch.rand(len(pairs), generator=torch.Generator().manual_seed(0))
 
 
 def make_losses(model: SentenceTransformer, library: str) -> list[nn.Module]:
-    """The losses that add up to the objective, all with their default scales of 20."""
+    """Returns the losses that add up to the objective, all with their default scales of 20."""
     losses = importlib.import_module(library)
     if library == OURS:
         return [losses.AnglEObjective(model, **OPTIONS)]
@@ -136,7 +137,7 @@ def make_losses(model: SentenceTransformer, library: str) -> list[nn.Module]:
 
 
 def prepare(library: str, case: Case, pairs: Sequence[Pair]) -> Callable[[], float]:
-    """For `run_in_process`: imports, the model, a warm-up on a tiny batch; what it returns is metered."""
+    """Imports, builds the model, warms up on a tiny batch; returns the call that `run_in_process` meters."""
     model = build_model(case).train()
     losses = make_losses(model, library)
     make_step(model, losses, *make_batch(model, pairs[:8]))()

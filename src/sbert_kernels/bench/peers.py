@@ -1,9 +1,11 @@
-"""What the benchmarks of losses share: the two libraries, a model without an encoder, steps of one with, the errors."""
+"""What the benchmarks of losses share: a model without an encoder, steps of one with an encoder, errors."""
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,7 @@ LEAST_SHARE = 2**-12
 
 
 class Embedded(nn.Sequential):
-    """A SentenceTransformer to the losses: its forward returns embeddings that exist already."""
+    """Looks like a SentenceTransformer to the losses; its forward returns embeddings that exist already."""
 
     max_seq_length = 512
 
@@ -32,18 +34,22 @@ class Embedded(nn.Sequential):
         self.dim = dim
 
     def get_embedding_dimension(self) -> int | None:
+        """Returns the dimension that the constructor was given."""
         return self.dim
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the embeddings that stand under the key of this model."""
         return {"sentence_embedding": features[self.key]}
 
 
 def compiled(
-    loss: nn.Module, make_step: Callable[[nn.Module], Callable[[], object]]
-) -> tuple[Callable[[], object] | None, str | None]:
-    """The step of the loss under torch.compile, compiled; or None and why it cannot be."""
+    loss: nn.Module, make_step: Callable[[nn.Module], Callable[[], Tensor]]
+) -> tuple[Callable[[], Tensor] | None, str | None]:
+    """Returns the step of the loss under torch.compile, compiled already; or None and why there is none."""
     torch.compiler.reset()  # or the shapes of an earlier case would make this one's dynamic
-    step = make_step(torch.compile(loss))
+    wrapped = torch.compile(loss)
+    assert isinstance(wrapped, nn.Module)
+    step = make_step(wrapped)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks of the compiler on stock's code
@@ -53,8 +59,16 @@ def compiled(
     return step, None
 
 
+def gradients_of(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the `.grad` of each leaf; raises ValueError if one has none."""
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    if len(gradients) < len(leaves):
+        raise ValueError(f"leaves: {len(leaves) - len(gradients)} of {len(leaves)} have no gradient")
+    return gradients
+
+
 def largest_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """The largest |x - reference| / |reference| in the Euclidean norm; nan if any is."""
+    """Returns the largest |x - reference| / |reference| in the Euclidean norm; nan if any is."""
     return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, reference, strict=True)]).max().item()
 
 
@@ -62,7 +76,7 @@ def largest_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float
 
 
 def features_of(model: SentenceTransformer, rows: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
-    """The tokenized columns of rows of texts, each padded to its longest."""
+    """Returns the tokenized columns of rows of texts, each padded to its longest."""
     return [model.preprocess(list(column)) for column in zip(*rows, strict=True)]
 
 
@@ -72,7 +86,7 @@ def make_step(
     features: Sequence[dict[str, Tensor]],
     labels: Tensor | None = None,
 ) -> Callable[[], Tensor]:
-    """A call that runs forward and backward of the sum of the losses, from gradients that are None.
+    """Returns a call that runs forward and backward of the sum of the losses, from gradients that are None.
 
     It leaves the gradients in the model and returns the detached loss.
     """
@@ -80,8 +94,9 @@ def make_step(
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
         columns = [dict(column) for column in features]  # models write their outputs into them
-        terms = [loss(columns, labels) for loss in losses]
-        total = sum(sum(term.values()) if isinstance(term, dict) else term for term in terms)  # as the Trainer adds
+        values = [loss(columns, labels) for loss in losses]
+        terms = [term for value in values for term in (value.values() if isinstance(value, dict) else (value,))]
+        total = reduce(operator.add, terms)  # as the Trainer adds
         total.backward()
         return total.detach()
 
@@ -89,14 +104,14 @@ def make_step(
 
 
 def loss_and_gradients(model: SentenceTransformer, step: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What a step of the model returns and leaves behind."""
+    """Returns the loss of a step of the model, and the gradient of each of its parameters."""
     value = step()
     # A parameter of which the embeddings do not depend (a pooler's) has none, on either side.
     return value, [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
 def gradient_difference(stock: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
-    """The largest of a parameter's gradient: |ours - stock| / |stock|, see `LEAST_SHARE`; nan if any is."""
+    """Returns the largest |ours - stock| / |stock| of a parameter's gradient, see `LEAST_SHARE`; nan if any is."""
     norms = torch.stack([gradient.norm() for gradient in stock])
     differences = torch.stack([(x - y).norm() for x, y in zip(ours, stock, strict=True)])
     return (differences / norms.clamp_min(LEAST_SHARE * norms.norm())).max().item()

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from sbert_kernels import machine, pairwise_similarity, ranking_loss
 from sbert_kernels.bench import harness
 from sbert_kernels.bench.cases.ranking import CASES, LARGE, PEERS, QUICK_ROWS, Case
-from sbert_kernels.bench.peers import Embedded, compiled, largest_error
+from sbert_kernels.bench.peers import Embedded, compiled, gradients_of, largest_error
 from sbert_kernels.bench.report import Chart, Report
 from sbert_kernels.workloads.recipes import OURS, STOCK
 
@@ -95,33 +97,37 @@ def _run_case(
 
 
 class Summed(nn.Module):
-    """The sum of losses of the same embeddings, one after the other: what users of stock write."""
+    """Sums losses of the same embeddings, computed one after the other, as users of stock write it."""
 
     def __init__(self, losses: list[nn.Module]) -> None:
         super().__init__()
         self.losses = nn.ModuleList(losses)
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
-        return sum(loss(features, labels) for loss in self.losses)
+        """Returns the sum of the losses."""
+        return reduce(operator.add, [loss(features, labels) for loss in self.losses])
 
 
 class Fused(nn.Module):
-    """CoSENT plus AnglE from one read of the embeddings, by the operations under our classes."""
+    """Computes CoSENT plus AnglE from one read of the embeddings, by the operations under our classes."""
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Returns the sum of both losses."""
         x, y = (column["embedding"] for column in features)
-        return sum(ranking_loss(scores, labels) for scores in pairwise_similarity(x, y, ("cos", "angle")))
+        cosines, angles = pairwise_similarity(x, y, ("cos", "angle"))
+        return ranking_loss(cosines, labels) + ranking_loss(angles, labels)
 
 
 class Ranked(nn.Module):
-    """The ranking of scores that exist already, by our operation."""
+    """Ranks scores that exist already, by our operation."""
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Returns the loss of scores that stand in the place of embeddings."""
         return ranking_loss(features[0]["embedding"], labels)
 
 
 def given_scores(x: Tensor, _: Tensor) -> Tensor:
-    """A similarity function for stock that costs nothing: its "embeddings" are the scores."""
+    """Returns its first argument: a similarity function for stock whose "embeddings" are the scores."""
     return x
 
 
@@ -154,8 +160,10 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
     if case.dim is None:
         return [cosines_of(labels).to(getattr(torch, case.dtype))], labels
 
+    shape = (case.rows, case.dim)
+
     def draw() -> Tensor:
-        return torch.randn(case.rows, case.dim, device=device, generator=generator)
+        return torch.randn(shape, device=device, generator=generator)
 
     anchors = draw()
     columns = [anchors]
@@ -170,7 +178,7 @@ def make_inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
 def make_step(
     loss: nn.Module, columns: list[Tensor], labels: Tensor | None
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A call that runs forward and backward and returns the detached loss, and the leaves whose `.grad` it fills."""
+    """Returns a call that runs forward and backward and returns the loss, and the leaves whose `.grad` it fills."""
     leaves = [column.clone().requires_grad_() for column in columns]
     features = [{"embedding": leaf} for leaf in leaves]
     if len(features) == 1:  # scores, which a loss of pairs takes for both of their columns
@@ -187,7 +195,7 @@ def make_step(
 
 
 def prepare(library: str, case: Case, device: str) -> Callable[[], float]:
-    """For `run_in_process`: imports, a warm-up on a tiny batch, the inputs; what it returns is metered."""
+    """Imports, warms up on a tiny batch, makes the inputs; returns the call that `run_in_process` meters."""
     loss = make_loss(library, case)
     make_step(loss, *make_inputs(replace(case, rows=64), device))[0]()
     step, _ = make_step(loss, *make_inputs(case, device))
@@ -198,7 +206,7 @@ def prepare(library: str, case: Case, device: str) -> Callable[[], float]:
 
 
 def parity(case: Case, device: str) -> tuple[float, float, float]:
-    """(error of ours, error of stock, limit), against stock in float64 on the same rounded inputs.
+    """Returns (error of ours, error of stock, limit), against stock in float64 on the same rounded inputs.
 
     An error is the largest of the loss's and of each column's gradients, relative, in the Euclidean norm.
     """
@@ -213,11 +221,11 @@ def parity(case: Case, device: str) -> tuple[float, float, float]:
 
 def _loss_and_gradients(library: str, case: Case, columns: list[Tensor], labels: Tensor | None) -> list[Tensor]:
     step, leaves = make_step(make_loss(library, case), columns, labels)
-    return [step().double(), *(leaf.grad.double() for leaf in leaves)]
+    return [step().double(), *(gradient.double() for gradient in gradients_of(leaves))]
 
 
 def _timings(case: Case, device: str, repeats: int) -> tuple[dict[str, machine.Timing], str | None]:
-    """Seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
+    """Returns the seconds of each of `PEERS` that there is; and why one is missing, if it is worth a note."""
     columns, labels = make_inputs(case, device)
     contenders = {"stock": make_step(make_loss(STOCK, case), columns, labels)[0]}
     if case.dtype != "float32":  # most who train in low precision have a loss in float32 to compare with

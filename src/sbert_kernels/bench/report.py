@@ -164,8 +164,10 @@ def _draw(axis: Axes, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
     handles, labels = axis.get_legend_handles_labels()
     legend = {name: handle for handle, name in zip(handles, labels, strict=True)}
     # Above the panel, and ending where it ends, however many bars there are.
-    corner = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
-    axis.legend(legend.values(), legend, ncols=len(legend), fontsize=9, frameon=False, **corner)
+    corner: dict[str, Any] = {"bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
+    axis.legend(
+        list(legend.values()), list(legend), loc="lower right", ncols=len(legend), fontsize=9, frameon=False, **corner
+    )
 
 
 def _positive(value: Any) -> bool:  # a number that a bar can show

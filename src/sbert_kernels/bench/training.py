@@ -90,14 +90,14 @@ def _quick(case: Case) -> Case:
 
 
 def read_pairs(quick: bool) -> Pairs:
-    """The docstring pairs of the installed packages, or of few of them."""
+    """Returns the docstring pairs of the installed packages, or of few of them."""
     from sbert_kernels.workloads import texts
 
     return texts.docstring_pairs(QUICK_PACKAGES) if quick else texts.docstring_pairs()
 
 
 def mixed_rows(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """So many rows in a mixed order, repeated where there are too few.
+    """Returns so many rows in a mixed order, repeated where there are too few.
 
     A training takes one batch fewer than they hold: the Trainer loads a batch ahead, in the last step as in any other.
     """
@@ -146,7 +146,7 @@ def _run_case(
 def _train_in_turn(
     case: Case, pairs: list[Pair], steps: int, repeats: int, output: Path
 ) -> tuple[dict[str, list[Recording]], dict[str, str | None]]:
-    """So many trainings of each side, all from fresh models, in the order A B A B; and why a side stopped, if any."""
+    """Trains each side so often, in the order A B A B, from fresh models; returns also why a side stopped, if any."""
 
     recordings: dict[str, list[Recording]] = {side: [] for side in SIDES}
 
@@ -159,7 +159,7 @@ def _train_in_turn(
 
 
 def prepare(side: str, case: Case, pairs: list[Pair], steps: int, output: Path) -> Callable[[], Recording]:
-    """A training of so many steps, ready to go; for `run_in_process` too, which meters it from its first step on."""
+    """Returns a training of so many steps, ready to go; `run_in_process` meters it from its first step on."""
     from sbert_kernels.workloads import training
     from sbert_kernels.workloads.losses import in_batch_loss
     from sbert_kernels.workloads.models import static_model

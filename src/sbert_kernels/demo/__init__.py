@@ -46,6 +46,7 @@ def _run(options: Options) -> None:
     from sbert_kernels.demo import report
     from sbert_kernels.demo.comparison import build_model, compare, settings_of
     from sbert_kernels.demo.objectives import objective_of
+    from sbert_kernels.workloads.models import dim_of
     from sbert_kernels.workloads.training import prepare, quiet_libraries
 
     quiet_libraries()
@@ -60,7 +61,7 @@ def _run(options: Options) -> None:
         return value
 
     model = build_model(options)
-    dims = options.trained_dims(model.get_embedding_dimension())
+    dims = options.trained_dims(dim_of(model))
     data = timed("preparing", lambda: objective.prepare(pairs))
     report.print_data(pairs, data)
     steps = options.training_steps(len(data.rows))

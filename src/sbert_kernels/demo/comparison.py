@@ -6,7 +6,7 @@ would hide the other's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sentence_transformers import SentenceTransformer
@@ -33,7 +33,7 @@ class Side:
     error: str | None
 
 
-def compare(options: Options, rows: list[Row]) -> dict[str, Side]:
+def compare(options: Options, rows: Sequence[Row]) -> dict[str, Side]:
     """Trains ``compare_steps`` steps with each module of ``SIDES`` and returns what each side measured."""
     # One batch more than is trained on: the Trainer loads a batch ahead, in the last step as in any other.
     seen = rows[: (options.compare_steps + 1) * options.batch_size]
@@ -50,7 +50,7 @@ def largest_difference(sides: dict[str, Side]) -> float | None:
     return difference(*recordings) if len(recordings) == len(sides) else None
 
 
-def _comparison(name: str, options: Options, rows: list[Row]) -> Callable[[], Recording]:
+def _comparison(name: str, options: Options, rows: Sequence[Row]) -> Callable[[], Recording]:
     quiet_libraries()
     # The sides may encode a batch more or less often, and would draw other masks.
     model = without_dropout(build_model(options))

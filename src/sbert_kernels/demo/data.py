@@ -7,10 +7,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from sbert_kernels.workloads.requirements import UserError
-from sbert_kernels.workloads.texts import Pair, Pairs, Row, enough
+from sbert_kernels.workloads.texts import Pair, Pairs, ScoredPair, enough
 
 if TYPE_CHECKING:
     import pandas
@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.2  # at most, for data too small for the numbers asked for
 
 
+AnyRow = TypeVar("AnyRow", Pair, ScoredPair)
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[AnyRow]):
     """Holds disjoint parts of the pairs; the evaluation searches the texts of ``queries`` and the distractors."""
 
-    train: list[Row]
-    queries: list[Row]
+    train: list[AnyRow]
+    queries: list[AnyRow]
     distractors: list[str]
 
 
-def split_pairs(pairs: Sequence[Row], seed: int, queries: int, distractors: int) -> Split:
+def split_pairs(pairs: Sequence[AnyRow], seed: int, queries: int, distractors: int) -> Split[AnyRow]:
     """Shuffles by ``seed`` and holds so many pairs out, but never more than ``HELD_OUT_SHARE`` of them."""
     shuffled = list(pairs)
     random.Random(seed).shuffle(shuffled)
@@ -36,7 +39,7 @@ def split_pairs(pairs: Sequence[Row], seed: int, queries: int, distractors: int)
     return Split(
         train=shuffled[held_out:],
         queries=shuffled[:queries],
-        distractors=[body for _, body, *_ in shuffled[queries:held_out]],
+        distractors=[row[1] for row in shuffled[queries:held_out]],
     )
 
 

@@ -20,6 +20,7 @@ from sbert_kernels.demo.comparison import Side, largest_difference
 from sbert_kernels.demo.objectives import Data
 from sbert_kernels.demo.options import Options
 from sbert_kernels.workloads.charts import draw_stacks
+from sbert_kernels.workloads.models import dim_of
 from sbert_kernels.workloads.steps import PARTS, Recording, Step, median_step, whole
 from sbert_kernels.workloads.texts import Pairs
 
@@ -64,7 +65,7 @@ def print_data(pairs: Pairs, data: Data) -> None:
 def print_plan(options: Options, comparison: str, model: SentenceTransformer, steps: int) -> None:
     """Says which model takes which steps."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    dim = model.get_embedding_dimension()
+    dim = dim_of(model)
     _print("Model", f"{options.model}: {dim} dimensions, {millions:.1f} M parameters")
     if dims := options.trained_dims(dim):
         _print("Loss", f"MatryoshkaLoss at {', '.join(map(str, dims))} dimensions")
@@ -100,10 +101,10 @@ def print_results(results: Results) -> None:
         print(f"{label:<28}" + "".join(f"{show(side):>16}" for side in sides) + f"{_ratio(*map(value, sides)):>15}")
         if show is _step_time:
             for part in PARTS:
-                cells = [f"{_median(side)[part]:.3f} s" if side.recording else "" for side in sides]
+                cells = [f"{step[part]:.3f} s" if (step := _median(side)) else "" for side in sides]
                 print(f"  {part:<26}" + "".join(f"{cell:>16}" for cell in cells))
-    last = [f"{side.recording.losses[-1]:.6f}" if side.recording else side.error for side in sides]
-    print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in last))
+    cells = [f"{side.recording.losses[-1]:.6f}" if side.recording else _reason(side) for side in sides]
+    print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in cells))
     if (difference := largest_difference(results.sides)) is not None:
         print(f"{'largest relative difference':<28}{difference:>32.1e}")
     print(f"\n{results.data.evaluation.label:<28}{'before':>16}{'after':>16}")
@@ -129,11 +130,16 @@ def _median(side: Side) -> Step | None:
 
 
 def _seconds(side: Side) -> float | None:
-    return whole(_median(side)) if side.recording else None
+    return whole(step) if (step := _median(side)) else None
 
 
 def _step_time(side: Side) -> str:
-    return f"{_seconds(side):.3f} s" if side.recording else side.error
+    return f"{_seconds(side):.3f} s" if side.recording else _reason(side)
+
+
+def _reason(side: Side) -> str:
+    """Returns why a side of the comparison has no recording."""
+    return side.error or "not known"
 
 
 def _peak_memory(side: Side) -> str:
@@ -225,7 +231,10 @@ def _draw_losses(axes: Axes, results: Results) -> None:
             range(1, len(values) + 1), values, style, color=COLOURS["training"], linewidth=1, label=f"its {name} term"
         )
     # The stock curve is wide and light, so that ours shows on top of it where the two are equal.
-    styles = {"stock": {"linewidth": 6}, "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3}}
+    styles: dict[str, dict[str, Any]] = {
+        "stock": {"linewidth": 6},
+        "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3},
+    }
     for name, side in results.sides.items():
         if side.recording:
             steps = range(1, len(side.recording.losses) + 1)

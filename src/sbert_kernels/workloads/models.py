@@ -27,6 +27,13 @@ def static_model(dim: int, seed: int) -> SentenceTransformer:
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
 
 
+def dim_of(model: SentenceTransformer) -> int:
+    """Returns the number of dimensions of a model's embeddings; both models here say how many they have."""
+    dim = model.get_embedding_dimension()
+    assert dim is not None
+    return dim
+
+
 def without_dropout(model: SentenceTransformer) -> SentenceTransformer:
     """Sets every dropout of the model to 0 and returns the model: the same input then gives the same result."""
     for module in model.modules():

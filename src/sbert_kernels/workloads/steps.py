@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
 
 PARTS = {
     "tokenize": "rows read, tokenized and collated; with workers, what is left of it to wait for",
@@ -29,7 +30,7 @@ Step = Mapping[str, float]  # seconds of each of PARTS
 
 @dataclass(frozen=True)
 class Recording:
-    """The loss and the parts of each step of one training, and the terms of a loss that has several."""
+    """Holds the loss and the parts of each step of one training, and the terms of a loss that has several."""
 
     losses: list[float]
     steps: list[Step]
@@ -37,22 +38,22 @@ class Recording:
 
     @property
     def warm_steps(self) -> list[Step]:
-        """The steps after the first, which allocates, loads two batches instead of one, and starts the workers."""
+        """Returns all steps but the first, which also allocates, loads a batch more, and starts the workers."""
         return self.steps[1:]
 
 
 def whole(step: Step) -> float:
-    """Seconds of the whole step."""
+    """Returns the seconds of the whole step."""
     return sum(step.values())
 
 
 def median_step(steps: Sequence[Step]) -> Step:
-    """The step of median duration (of an even number the shorter of the middle two), whose parts add up to it."""
+    """Returns the step of median duration; of an even number of steps, the shorter of the middle two."""
     return sorted(steps, key=whole)[(len(steps) - 1) // 2]
 
 
 def difference(a: Recording, b: Recording) -> float:
-    """The largest between two loss curves of one length, relative and at the same step; nan if either holds one."""
+    """Returns the largest relative difference of two loss curves at one step; nan if either curve holds a nan."""
     x, y = (torch.tensor(recording.losses, dtype=torch.float64) for recording in (a, b))
     return ((x - y).abs() / x.abs()).max().item()
 
@@ -69,6 +70,8 @@ class StepRecorder(TrainerCallback):
         self._model = model
         self._loss = loss
         self._handles: list[Any] = []
+        self._seconds: dict[str, float] = {}
+        self._part, self._since = "tokenize", 0.0
 
     # -- the stopwatch ------------------------------------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ class StepRecorder(TrainerCallback):
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def _charge(self) -> None:
-        """The seconds since the last event go to the running part."""
+        """Adds the seconds since the last event to the running part."""
         now = time.perf_counter()
         self._seconds[self._part] += now - self._since
         self._since = now
@@ -87,7 +90,8 @@ class StepRecorder(TrainerCallback):
 
     # -- the Trainer's events, in their order -------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Sets the hooks and starts the clock."""
         self._reset()
         self._part, self._since = "tokenize", time.perf_counter()
         # Not the model as a whole: MatryoshkaLoss shrinks embeddings in a forward of the model that runs no module.
@@ -102,21 +106,28 @@ class StepRecorder(TrainerCallback):
             if parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._parameter_reached))
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the tokenizing: the batch is there."""
         self._switch("rest")
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins the optimizer's part."""
         self._part = "optimizer"  # without a charge: since the last parameter's gradient, the Trainer clipped gradients
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the step and adds its parts to the recording."""
         self._switch("rest")
         self.recording.steps.append(self._seconds)
         self._reset()
 
-    def on_log(self, args, state, control, **kwargs) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begins the tokenizing of the next step."""
         self._switch("tokenize")  # the Trainer logs a step after its end, then fetches the next batch
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -23,7 +23,8 @@ from pathlib import Path
 from sbert_kernels.workloads.requirements import UserError
 
 Pair = tuple[str, str]  # (summary, body) or (query, text)
-Row = tuple[str, str] | tuple[str, str, float]  # a pair, or a pair and its score
+ScoredPair = tuple[str, str, float]
+Row = Pair | ScoredPair  # as the Trainer takes them
 
 PACKAGES = (
     "numpy",

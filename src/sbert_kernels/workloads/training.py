@@ -71,7 +71,6 @@ def prepare(
     With a description there is a progress bar, which begins with it.
     """
     recorder = StepRecorder(model, loss)
-    overlap = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2} if settings.workers else {}
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(settings.output),
         per_device_train_batch_size=settings.batch_size,
@@ -85,11 +84,13 @@ def prepare(
         report_to="none",
         disable_tqdm=True,  # the bar below shows the loss instead of printing a line for each step
         use_cpu=True,
-        **overlap,
+        dataloader_persistent_workers=settings.workers > 0,
+        dataloader_prefetch_factor=2 if settings.workers else None,
     )
     # The Trainer would look for examples with a progress bar of its own, in the midst of ours.
     texts = [text for _, text, *_ in rows[:3]]
-    model.model_card_data.widget = [{"source_sentence": rows[0][0], "sentences": texts}]
+    widget: list[dict[str, Any]] = [{"source_sentence": rows[0][0], "sentences": texts}]
+    model.model_card_data.widget = widget
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,

@@ -13,9 +13,10 @@ from sbert_kernels.demo.data import split_pairs
 from sbert_kernels.demo.evaluation import Correlation
 from sbert_kernels.demo.grading import TEACHER, graded_rows
 from sbert_kernels.demo.objectives.base import Data, Objective
+from sbert_kernels.workloads.models import dim_of
 from sbert_kernels.workloads.recipes import SIDES
 from sbert_kernels.workloads.requirements import UserError
-from sbert_kernels.workloads.texts import Pairs, Row
+from sbert_kernels.workloads.texts import Pairs, ScoredPair
 
 # What the three stock losses compute: every row is an anchor, and equal texts stay negatives of each other.
 AS_STOCK = {"positive_threshold": None, "duplicates": "keep"}
@@ -59,7 +60,9 @@ class AngleObjective(Objective):
         self.require_rows(len(split.train), pairs)
         return self._data(split.train, split.queries, lines, {"scores": "of the data", "range": [low, high]})
 
-    def _data(self, rows: list[Row], held_out: list[Row], lines: tuple[str, ...], facts: dict[str, Any]) -> Data:
+    def _data(
+        self, rows: Sequence[ScoredPair], held_out: Sequence[ScoredPair], lines: tuple[str, ...], facts: dict[str, Any]
+    ) -> Data:
         if len({score for *_, score in held_out}) == 1:
             raise UserError(
                 f"all {len(held_out)} held-out pairs have the same score, which no order can be compared with: wanted "
@@ -86,7 +89,7 @@ class AngleObjective(Objective):
         return self._within_matryoshka(model, losses, losses.AnglEObjective(model))
 
     def _within_matryoshka(self, model: SentenceTransformer, losses: Any, loss: nn.Module) -> nn.Module:
-        dims = self.options.trained_dims(model.get_embedding_dimension())
+        dims = self.options.trained_dims(dim_of(model))
         return losses.MatryoshkaLoss(model, loss, list(dims)) if dims else loss
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from sbert_kernels.workloads.texts import Pairs, Row
 class Data:
     """Holds the rows to train on, what judges the model, and what there is to say about both."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     evaluation: Evaluation
     lines: tuple[str, ...]  # for the terminal
     facts: dict[str, Any]  # for results.json

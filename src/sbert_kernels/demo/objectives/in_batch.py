@@ -9,6 +9,7 @@ from sbert_kernels.demo.data import split_pairs
 from sbert_kernels.demo.evaluation import Retrieval
 from sbert_kernels.demo.objectives.base import Data, Objective
 from sbert_kernels.workloads.losses import in_batch_loss
+from sbert_kernels.workloads.models import dim_of
 from sbert_kernels.workloads.recipes import SIDES
 from sbert_kernels.workloads.texts import Pairs
 
@@ -43,5 +44,5 @@ class InBatchObjective(Objective):
     def loss(self, model: SentenceTransformer, side: str) -> nn.Module:
         """Returns the loss of one of ``SIDES``."""
         mini_batch_size = None if self.options.model == "static" else MINI_BATCH_SIZE
-        dims = self.options.trained_dims(model.get_embedding_dimension())
+        dims = self.options.trained_dims(dim_of(model))
         return in_batch_loss(model, SIDES[side], dims, mini_batch_size)
