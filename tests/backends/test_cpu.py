@@ -20,8 +20,8 @@ from sbert_kernels import contrastive_loss, machine, use_backend
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.backends.cpu.contrastive import MatmulPrecision
-
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+from support.contrastive import ALL_DIRECTIONS, eager, loss_and_gradients, memory_step
+from support.numbers import relative_errors
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +64,6 @@ def batch(rows: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
     queries = torch.randn(rows, dim, generator=generator)
     documents = queries / 2 + torch.randn(rows, dim, generator=generator)
     return queries.to(dtype).requires_grad_(), documents.to(dtype).requires_grad_()
-
-
-def loss_and_gradients(queries: Tensor, documents: Tensor, **options: Any) -> list[Tensor]:
-    loss = contrastive_loss(queries, documents, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, [queries, documents])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -203,13 +198,6 @@ def test_bfloat16_is_multiplied_in_float32_while_its_products_are_forbidden() ->
         assert (value - wanted).norm() <= 2**-8 * wanted.norm()
 
 
-def eager(queries: Tensor, documents: Tensor, scale: float) -> list[Tensor]:
-    """The loss as torch computes it in the inputs' type."""
-    logits = scale * F.normalize(queries) @ F.normalize(documents).T
-    loss = F.cross_entropy(logits, torch.arange(len(queries)))
-    return [loss.detach(), *torch.autograd.grad(loss, [queries, documents])]
-
-
 @pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
 @pytest.mark.parametrize(
     ("dtype", "kind"),
@@ -228,11 +216,10 @@ def test_errors_are_at_most_twice_eagers_in_the_same_type(
     squares = torch.zeros(2, 3, dtype=torch.float64)
     for seed in range(10):
         queries, documents = batch(200, 96, dtype, seed)
-        exact = eager(*(x.detach().double().requires_grad_() for x in (queries, documents)), scale)
+        exact = eager(queries, documents, scale, torch.float64)
         results = loss_and_gradients(queries, documents, scale=scale), eager(queries, documents, scale)
         for index, found in enumerate(results):
-            errors = [(value - wanted).norm() / wanted.norm() for value, wanted in zip(found, exact, strict=True)]
-            squares[index] += torch.stack(errors) ** 2
+            squares[index] += relative_errors(found, exact) ** 2
     ours, theirs = (squares / 10).sqrt()
     assert (ours <= 2 * theirs).all(), (ours, theirs)
 
@@ -254,9 +241,7 @@ def test_the_gradient_of_a_well_trained_row_is_right_within_a_percent(
     dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     leaves = [x.to(dtype).requires_grad_() for x in (queries, documents)]
     ours = loss_and_gradients(*leaves, scale=scale)
-    exact = loss_and_gradients(
-        *(x.detach().double().requires_grad_() for x in leaves), scale=scale, backend="reference"
-    )
+    exact = loss_and_gradients(*leaves, "reference", torch.float64, scale=scale)
     for value, wanted in zip(ours, exact, strict=True):
         assert (value - wanted).norm() <= 0.01 * wanted.norm()
 
@@ -270,7 +255,7 @@ def test_embeddings_that_all_point_one_way(
     dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     torch.manual_seed(0)
     leaves = [(10 + torch.randn(200, 64)).to(dtype).requires_grad_() for _ in range(2)]
-    exact = eager(*(x.detach().double().requires_grad_() for x in leaves), 20.0)
+    exact = eager(*leaves, 20.0, torch.float64)
     for value, wanted in zip(loss_and_gradients(*leaves), exact, strict=True):
         assert (value - wanted).norm() <= (2**-7 if kind == MatmulPrecision.BFLOAT16 else 2**-13) * wanted.norm()
 
@@ -420,25 +405,11 @@ def test_wrong_operands_are_refused_by_the_operator_itself(monkeypatch: pytest.M
         torch.ops.sbert_kernels.contrastive(**arguments)
 
 
-def forward_backward(n: int, dim: int, dims: list[int] | None) -> Callable[[], bool]:
-    """Target of the memory meter: warm up on a small batch, then one step of the wanted size."""
-    torch.manual_seed(0)
-    queries, documents = (torch.randn(n, dim, requires_grad=True) for _ in range(2))
-    contrastive_loss(queries[:64], documents[:64], matryoshka_dims=dims, backend="cpu").backward()
-    queries.grad = documents.grad = None
-
-    def step() -> bool:
-        contrastive_loss(queries, documents, matryoshka_dims=dims, backend="cpu").backward()
-        return math.isfinite(queries.grad.sum().item())
-
-    return step
-
-
 @pytest.mark.parametrize("dims", [None, [16, 32, 64]])
 def test_memory_is_a_block_and_the_gradients(dims: list[int] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB. In float32 there are no copies of the inputs, and in no format of the
     gradients of 3 MiB."""
     n, dim = 12_288, 64
-    result = machine.run_in_process(forward_backward, n, dim, dims)
+    result = machine.run_in_process(memory_step, n, dim, "cpu", dims)
     assert result.value is True
     assert result.peak_extra_bytes < cpu.LARGEST_BLOCK_BYTES + (2 * 3 + 6) * library.MIB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import types
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sbert_kernels.bench import gradcache, peers
 from sbert_kernels.bench.cases import gradcache as cases
 from sbert_kernels.workloads import models, texts
+from support.commands import run_command
 
 SMALL = {"pairs": 10, "length": 32, "mini_batch": 4}
 
@@ -39,9 +39,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, bert: Callable[..., SentenceTransfor
 
 def run(output: Path, *options: str) -> list[dict[str, Any]]:
     """The rows of the report, which is written whether parity fails or not."""
-    parser = argparse.ArgumentParser()
-    cases.add_arguments(parser)
-    gradcache.run(parser.parse_args([*options, "--output", str(output)]))
+    run_command("gradcache", *options, "--output", str(output))
     return rows_of(output)
 
 

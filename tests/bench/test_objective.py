@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import types
@@ -16,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from sbert_kernels.bench import objective, peers
-from sbert_kernels.bench.cases import objective as cases
 from sbert_kernels.workloads import models
+from support.commands import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +26,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None, bert: Callable[.
 
 
 def run(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    cases.add_arguments(parser)
-    objective.run(parser.parse_args(["--quick", *options]))
+    run_command("objective", "--quick", *options)
 
 
 def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):

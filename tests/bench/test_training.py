@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import types
@@ -13,9 +12,9 @@ import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
 from sbert_kernels.bench import training
-from sbert_kernels.bench.cases import training as cases
 from sbert_kernels.workloads.recipes import SIDES
 from sbert_kernels.workloads.steps import PARTS
+from support.commands import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +24,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None):
 
 
 def run(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    cases.add_arguments(parser)
-    training.run(parser.parse_args(["--quick", *options]))
+    run_command("training", "--quick", *options)
 
 
 def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):

@@ -61,7 +61,7 @@ class AngleObjective(Objective):
         return self._data(split.train, split.queries, lines, {"scores": "of the data", "range": [low, high]})
 
     def _data(
-        self, rows: Sequence[ScoredPair], held_out: Sequence[ScoredPair], lines: tuple[str, ...], facts: dict[str, Any]
+        self, rows: list[ScoredPair], held_out: list[ScoredPair], lines: tuple[str, ...], facts: dict[str, Any]
     ) -> Data:
         if len({score for *_, score in held_out}) == 1:
             raise UserError(
