@@ -118,6 +118,7 @@ class SoftmaxPlan:
     add_d_positive: bool  # to the gradient from the softmaxes before it
     online: bool  # sweeps search for the maximum of each row
     duplicates_are_positive: bool  # in some term
+    radial: bool  # the sweeps that write weights find the radial part of the gradient of each prefix, too
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,6 @@ class Plan:
     row_offset: int
     eps: float
     zero_norm_gives_zero: bool
-    scale_on_device: bool
     queries: OperandPlan
     documents: OperandPlan
     all_queries: OperandPlan | None  # None if they are the queries, or no term's columns
@@ -246,7 +246,6 @@ class _Planner:
             eps=problem.eps,
             # fp16 cannot hold a gradient over eps.
             zero_norm_gives_zero=problem.queries.dtype == torch.float16,
-            scale_on_device=problem.scale.on_device is not None,
             queries=self.operands["queries"],
             documents=self.operands["documents"],
             all_queries=self.operands.get("all_queries"),
@@ -311,6 +310,7 @@ class _Planner:
             add_d_positive=gradients and index > 0 and d_positives[0] != "gathered_positive",
             online=not problem.unshifted,
             duplicates_are_positive=duplicates_are_positive,
+            radial=gradients and problem.cosine and self.prefixes > 1,
         )
 
     def _term(self, term: Term) -> TermPlan:

@@ -39,10 +39,11 @@ def run(plan: Plan, problem: ContrastiveProblem) -> ContrastiveResult:
     running = Run(plan, problem)
     for softmax_plan in plan.softmaxes:
         softmax = Softmax(running, softmax_plan)
-        if softmax.plan.statistics:
-            softmax.find_statistics(slice(0, plan.n), softmax.plan.statistics)
-        if softmax.plan.chunks:
-            softmax.add_gradients()
+        if softmax_plan.statistics:
+            softmax.find_statistics(slice(0, plan.n), softmax_plan.statistics)
+        memory = [running.weights_memory(entries) for entries in softmax_plan.weight_entries]
+        for chunk in softmax_plan.chunks:
+            softmax.add_gradients(chunk, memory)
     return running.result()
 
 
@@ -87,6 +88,10 @@ class Run:
     def vector(self, *shape: int) -> Tensor:
         """Returns fp32 memory on the problem's device."""
         return torch.empty(shape, dtype=torch.float32, device=self.problem.device)
+
+    def weights_memory(self, entries: int) -> Tensor:
+        """Returns memory for so many weights."""
+        return torch.empty(entries, dtype=self.plan.precision.dtype, device=self.problem.device)
 
     def _prepare_guide(self, queries: Tensor, queries_plan: OperandPlan, documents_plan: OperandPlan) -> None:
         dims = (self.plan.guide_width,)
@@ -171,18 +176,15 @@ class Softmax:
         shape = (len(self.call.dims), self.call.n)
         self.kept = {name: running.vector(*shape) for name in plan.kept}  # (K, N) each, see `softmax_statistics`
 
-    def add_gradients(self) -> None:
-        """Adds the gradients of all rows, one chunk after the other, to those of the operands."""
-        dtype, device = self.call.precision.dtype, self.running.problem.device
-        room = [torch.empty(entries, dtype=dtype, device=device) for entries in self.plan.weight_entries]
-        for chunk in self.plan.chunks:
-            self._add_chunk(chunk, room)
+    def add_gradients(self, chunk: ChunkPlan, memory: list[Tensor]) -> None:
+        """Writes the weights of the rows of a chunk, and adds the products with them to the operands' gradients.
 
-    def _add_chunk(self, chunk: ChunkPlan, room: list[Tensor]) -> None:
+        ``memory``: for the weights of each term; the chunks use it one after the other.
+        """
         rows, n, prefixes = slice(chunk.begin, chunk.end), chunk.end - chunk.begin, len(self.call.dims)
         weights = [
-            memory[: prefixes * n * term.term.columns].view(prefixes, n, term.term.columns)
-            for term, memory in zip(self.plan.terms, room, strict=True)
+            of_term[: prefixes * n * term.term.columns].view(prefixes, n, term.term.columns)
+            for term, of_term in zip(self.plan.terms, memory, strict=True)
         ]
         if self.plan.unshifted:
             self.find_statistics(rows, chunk.sweeps, [{"weights": matrix} for matrix in weights])
@@ -219,11 +221,11 @@ class Softmax:
         operand, columns = self.running.operands[term.rows], self.running.operands[term.columns]
         outputs = {"weights": weights}
         prefixes, n = weights.shape[:2]
-        if prefixes > 1 and operand.inverse_norms is not None:
+        if self.plan.radial:
             outputs["a_radial"] = self.running.vector(plan.splits, prefixes, n)
             outputs["b_radial"] = self.running.vector(plan.blocks, prefixes, term.term.columns)
         self.sweep(term, rows, plan, outputs, after_statistics=True)
-        if "a_radial" in outputs:
+        if self.plan.radial:
             operand.add_radial(outputs["a_radial"], term.row_begin + rows.start)
             columns.add_radial(outputs["b_radial"], 0)
 
