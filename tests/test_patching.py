@@ -20,6 +20,10 @@ from torch import nn
 
 import sbert_kernels
 from sbert_kernels import is_patched, losses, patch, unpatch
+from support.embedded import Embedded
+from support.gradients import step
+from support.numbers import assert_close
+from support.texts import text_features
 
 # Of the losses that stock has, the package that exports each.
 PACKAGES = {
@@ -123,13 +127,13 @@ def test_one_line_says_how_much_was_replaced(caplog: pytest.LogCaptureFixture) -
     ]
 
 
-def test_is_patched_tells_whose_a_loss_is(embedded: Callable[..., Any]) -> None:
+def test_is_patched_tells_whose_a_loss_is() -> None:
     name = "MultipleNegativesRankingLoss"
-    early = STOCK[name](embedded())
+    early = STOCK[name](Embedded())
     assert not is_patched()
     with patch():
         assert is_patched()
-        loss = getattr(stock, name)(embedded())
+        loss = getattr(stock, name)(Embedded())
         assert type(loss).__module__ == STOCK[name].__module__  # which is why somebody asks
         assert is_patched(loss)
         assert is_patched(getattr(stock, name))
@@ -214,11 +218,25 @@ def test_what_is_pickled_while_patched_loads_as_stock() -> None:
     assert loaded.scale == 3.0
 
 
-def test_losses_made_inside_sentence_transformers_are_fused(embedded: Callable[..., Any]) -> None:
+def test_losses_made_inside_sentence_transformers_are_fused() -> None:
     with patch():
-        loss = stock.CachedMultipleNegativesRankingLoss(embedded())
+        loss = stock.CachedMultipleNegativesRankingLoss(Embedded())
     assert type(loss) is losses.CachedMultipleNegativesRankingLoss
     assert type(loss.loss) is losses.MultipleNegativesRankingLoss
+
+
+@pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss"])
+def test_a_cached_loss_while_patched_and_disabled_computes_as_stock(
+    monkeypatch: pytest.MonkeyPatch,
+    bert: Callable[..., Any],
+    name: str,
+) -> None:
+    expected = step(STOCK[name](bert()), text_features(bert()))
+    monkeypatch.setenv("SBERT_KERNELS_DISABLE", "1")
+    with patch():
+        loss = getattr(stock, name)(bert())
+        assert type(loss) is getattr(losses, name)
+        assert_close(step(loss, text_features(bert())), expected)
 
 
 def test_before_anything_else_is_imported() -> None:

@@ -21,8 +21,8 @@ from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.backends.cpu.contrastive import MatmulPrecision
 from sbert_kernels.benchmarks import harness
-
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+from support.contrastive import ALL_DIRECTIONS, eager, loss_and_gradients, memory_step
+from support.numbers import relative_errors
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def multiply_in() -> Iterator[Callable[[MatmulPrecision], None]]:
             reason = cpu.why_not_precision(kind)
             if reason is not None:
                 pytest.skip(reason)
-            stack.enter_context(library.override(products=kind.name.lower()))
+            stack.enter_context(library.override(matmul=kind.name.lower()))
 
         yield choose
 
@@ -65,11 +65,6 @@ def batch(rows: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
     queries = torch.randn(rows, dim, generator=generator)
     documents = queries / 2 + torch.randn(rows, dim, generator=generator)
     return queries.to(dtype).requires_grad_(), documents.to(dtype).requires_grad_()
-
-
-def loss_and_gradients(queries: Tensor, documents: Tensor, **options: Any) -> list[Tensor]:
-    loss = contrastive_loss(queries, documents, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, [queries, documents])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,11 +124,11 @@ for dtype in (torch.float32, torch.bfloat16):
             error = ((value - exact).norm() / exact.norm()).item()
             assert error < (1e-5 if dtype == torch.float32 else 1e-2), (dtype, options, error)
 for products in ("bfloat16", "bfloat16x3"):
-    with settings.override(products=products):
+    with settings.override(matmul=products):
         try:
             contrastive_loss(queries, documents, backend="cpu")
         except ValueError as error:
-            assert f"SBERT_KERNELS_PRODUCTS={products!r} cannot be served" in str(error)
+            assert f"SBERT_KERNELS_MATMUL={products!r} cannot be served" in str(error)
         else:
             raise AssertionError(f"{products} products where there should be none")
 """
@@ -184,31 +179,24 @@ def test_products_follow_the_precision_knob_and_the_machine(
 
 def test_products_that_are_asked_for_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, documents = batch(4, 3)
-    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "bfloat16x3")
-    refused = pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='bfloat16x3' cannot be served: there are no inst")
+    monkeypatch.setenv("SBERT_KERNELS_MATMUL", "bfloat16x3")
+    refused = pytest.raises(ValueError, match="SBERT_KERNELS_MATMUL='bfloat16x3' cannot be served: there are no inst")
     with torch.backends.mkldnn.flags(enabled=False), refused:  # which forbids what the processor may have
         contrastive_loss(queries, documents)
-    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "fp8")
-    with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='fp8' cannot be read: expected one of"):
+    monkeypatch.setenv("SBERT_KERNELS_MATMUL", "fp8")
+    with pytest.raises(ValueError, match="SBERT_KERNELS_MATMUL='fp8' cannot be read: expected one of"):
         contrastive_loss(queries, documents)
 
 
 def test_bfloat16_is_multiplied_in_float32_while_its_products_are_forbidden() -> None:
     queries, documents = batch(20, 8, torch.bfloat16)
-    with library.override(products="float32"):
+    with library.override(matmul="float32"):
         expected = loss_and_gradients(queries, documents)
     with torch.backends.mkldnn.flags(enabled=False):
         assert cpu.bfloat16_instructions() is None
         found = loss_and_gradients(queries, documents)
     for value, wanted in zip(found, expected, strict=True):  # both rounded to bfloat16 once, at the end
         assert (value - wanted).norm() <= 2**-8 * wanted.norm()
-
-
-def eager(queries: Tensor, documents: Tensor, scale: float) -> list[Tensor]:
-    """The loss as torch computes it in the inputs' type."""
-    logits = scale * F.normalize(queries) @ F.normalize(documents).T
-    loss = F.cross_entropy(logits, torch.arange(len(queries)))
-    return [loss.detach(), *torch.autograd.grad(loss, [queries, documents])]
 
 
 @pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
@@ -229,11 +217,10 @@ def test_errors_are_at_most_twice_eagers_in_the_same_type(
     squares = torch.zeros(2, 3, dtype=torch.float64)
     for seed in range(10):
         queries, documents = batch(200, 96, dtype, seed)
-        exact = eager(*(x.detach().double().requires_grad_() for x in (queries, documents)), scale)
+        exact = eager(queries, documents, scale, torch.float64)
         results = loss_and_gradients(queries, documents, scale=scale), eager(queries, documents, scale)
         for index, found in enumerate(results):
-            errors = [(value - wanted).norm() / wanted.norm() for value, wanted in zip(found, exact, strict=True)]
-            squares[index] += torch.stack(errors) ** 2
+            squares[index] += relative_errors(found, exact) ** 2
     ours, theirs = (squares / 10).sqrt()
     assert (ours <= 2 * theirs).all(), (ours, theirs)
 
@@ -255,9 +242,7 @@ def test_the_gradient_of_a_well_trained_row_is_right_within_a_percent(
     dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     leaves = [x.to(dtype).requires_grad_() for x in (queries, documents)]
     ours = loss_and_gradients(*leaves, scale=scale)
-    exact = loss_and_gradients(
-        *(x.detach().double().requires_grad_() for x in leaves), scale=scale, backend="reference"
-    )
+    exact = loss_and_gradients(*leaves, "reference", torch.float64, scale=scale)
     for value, wanted in zip(ours, exact, strict=True):
         assert (value - wanted).norm() <= 0.01 * wanted.norm()
 
@@ -271,7 +256,7 @@ def test_embeddings_that_all_point_one_way(
     dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     torch.manual_seed(0)
     leaves = [(10 + torch.randn(200, 64)).to(dtype).requires_grad_() for _ in range(2)]
-    exact = eager(*(x.detach().double().requires_grad_() for x in leaves), 20.0)
+    exact = eager(*leaves, 20.0, torch.float64)
     for value, wanted in zip(loss_and_gradients(*leaves), exact, strict=True):
         assert (value - wanted).norm() <= (2**-7 if kind == MatmulPrecision.BFLOAT16 else 2**-13) * wanted.norm()
 
@@ -421,25 +406,11 @@ def test_wrong_operands_are_refused_by_the_operator_itself(monkeypatch: pytest.M
         torch.ops.sbert_kernels.contrastive(**arguments)
 
 
-def forward_backward(n: int, dim: int, dims: list[int] | None) -> Callable[[], bool]:
-    """Target of the memory meter: warm up on a small batch, then one step of the wanted size."""
-    torch.manual_seed(0)
-    queries, documents = (torch.randn(n, dim, requires_grad=True) for _ in range(2))
-    contrastive_loss(queries[:64], documents[:64], matryoshka_dims=dims, backend="cpu").backward()
-    queries.grad = documents.grad = None
-
-    def step() -> bool:
-        contrastive_loss(queries, documents, matryoshka_dims=dims, backend="cpu").backward()
-        return math.isfinite(queries.grad.sum().item())
-
-    return step
-
-
 @pytest.mark.parametrize("dims", [None, [16, 32, 64]])
 def test_memory_is_a_block_and_the_gradients(dims: list[int] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB. In float32 there are no copies of the inputs, and in no format of the
     gradients of 3 MiB."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(forward_backward, n, dim, dims)
+    result = harness.run_in_process(memory_step, n, dim, "cpu", dims)
     assert result.value is True
     assert result.peak_extra_bytes < cpu.LARGEST_BLOCK_BYTES + (2 * 3 + 6) * library.MIB

@@ -7,9 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..problems import contrastive, pairwise, ranking
+from ..problems.contrastive import ContrastiveProblem, ContrastiveResult
+from ..problems.contrastive import Needs as ContrastiveNeeds
+from ..problems.pairwise import PairwiseGradients, PairwiseProblem
+from ..problems.ranking import Needs as RankingNeeds
+from ..problems.ranking import RankingProblem, RankingResult
 
-Problem = contrastive.ContrastiveProblem | ranking.RankingProblem | pairwise.PairwiseProblem
+Problem = ContrastiveProblem | RankingProblem | PairwiseProblem
 
 
 class Backend(Protocol):
@@ -41,22 +45,20 @@ class Backend(Protocol):
         """Returns why it cannot serve a problem (None: the most usual one) where it runs, or None if it can."""
         return None
 
-    def contrastive(
-        self, problem: contrastive.ContrastiveProblem, needs: contrastive.Needs
-    ) -> contrastive.ContrastiveResult:
+    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
         """Returns loss and gradients of the contrastive operation."""
         ...
 
-    def ranking(self, problem: ranking.RankingProblem, needs: ranking.Needs) -> ranking.RankingResult:
+    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
         """Returns loss and gradients of the ranking operation."""
         ...
 
-    def pairwise(self, problem: pairwise.PairwiseProblem) -> tuple[Tensor, ...]:
+    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
         """Returns the scores of each similarity of the pairwise operation, (C * n,) each."""
         ...
 
     def pairwise_gradients(
-        self, problem: pairwise.PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> pairwise.PairwiseGradients:
+        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> PairwiseGradients:
         """Returns the gradients of the embeddings from those of the scores."""
         ...

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
 
 def learnable(name: str, inputs: Sequence[Any]) -> list[Tensor]:
@@ -59,6 +58,7 @@ def scaled(
         if gradient is None or not want:
             results.append(None)
             continue
+        assert destination is not None  # what has a gradient is a tensor
         dtype, device = destination
         product = gradient.mul_(grad_output) if in_place else gradient * grad_output
         results.append(product.to(dtype=dtype, device=device))
@@ -82,12 +82,12 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The identity on a gradient; raises when anything is differentiated through it."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, name: str, gradient: Tensor, guard: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, gradient: Tensor, guard: Tensor) -> Tensor:
         ctx.name = name
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             f"{ctx.name} is differentiable once; for a second derivative (a gradient penalty) use the stock loss."
         )

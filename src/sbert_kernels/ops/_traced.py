@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Optional
+from typing import Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ from ..problems.ranking import RankingProblem, RankingResult
 from ..problems.scale import Scale
 from ._dispatch import backend_for
 
+Input = TypeVar("Input", Tensor, Tensor | float | None)
 
-def distinct(inputs: Sequence[Tensor | float | None]) -> list[Tensor | float | None]:
+
+def distinct(inputs: Sequence[Input]) -> list[Input]:
     """Returns the inputs, with a view in place of a tensor that came before: a graph takes no tensor twice."""
-    result: list[Tensor | float | None] = []
+    result: list[Input] = []
     for value in inputs:
         again = isinstance(value, Tensor) and any(value is other for other in result)
-        result.append(value.view_as(value) if again and isinstance(value, Tensor) else value)
+        result.append(value.view_as(value) if isinstance(value, Tensor) and again else value)
     return result
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..integers import as_integer
 from ..problems import contrastive as contract
@@ -34,6 +33,7 @@ from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, double_backward_guard, learnable, scaled
 from ._dispatch import backend_for
+from ._smoothing import smoothing_excess
 
 
 class _Contrastive(torch.autograd.Function):
@@ -41,7 +41,7 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         problem: ContrastiveProblem,
         backend: str | None,
         guard: Tensor,  # (), see double_backward_guard
@@ -57,7 +57,7 @@ class _Contrastive(torch.autograd.Function):
         return result.loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         guard, *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
         wanted = ctx.needs_input_grad[3:]
@@ -81,6 +81,7 @@ def contrastive_loss(
     partition_mode: str = "joint",
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
+    label_smoothing: float = 0.0,
     weights: Tensor | None = None,
     query_ids: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -115,6 +116,10 @@ def contrastive_loss(
         hardness_mode: None, "in_batch_negatives", "hard_negatives" or "all_negatives": which documents get
             ``hardness_strength * stop_gradient(similarity)`` added to their logit.
         hardness_strength: Not negative.
+        label_smoothing: Part a of the target, in 0 .. 1, that is spread evenly over all candidates of the row, the
+            positive included; 1 - a stays on the positive (Szegedy et al. 2015, arXiv 1512.00567; as
+            ``torch.nn.CrossEntropyLoss``). What is excluded is no candidate. Not with a guide, which decides anew for
+            each pair which columns are candidates.
         weights: Weight of each row, [N]; the loss is the weighted mean. 0 where no row has one.
         query_ids: int64, one for each query column, [N] or [W] with ``all_queries``. Equal ids mean equal texts.
         document_ids: int64, [M] for all documents in the order given.
@@ -166,6 +171,16 @@ def contrastive_loss(
         matryoshka_dims=matryoshka_dims,
         matryoshka_weights=matryoshka_weights,
     )
+    label_smoothing = checks.constant("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in 0 .. 1, got {label_smoothing}.")
+    if label_smoothing > 0 and problem.guided:
+        raise ValueError(f"label_smoothing={label_smoothing} cannot be combined with guide_queries.")
+    loss = _loss(problem, backend)
+    return loss + label_smoothing * smoothing_excess(problem) if label_smoothing > 0 else loss
+
+
+def _loss(problem: ContrastiveProblem, backend: str | None) -> Tensor:
     inputs: Sequence[Tensor | float | None] = (
         problem.queries,
         problem.all_queries,
@@ -294,9 +309,10 @@ def _scale(given: Any) -> Scale:
 
 
 def _check_offset(offset: Any, rows: int, positives: int) -> None:
-    if isinstance(offset, Integral) and offset >= 0 and offset + rows <= positives:
+    whole = isinstance(offset, Integral)
+    if whole and offset >= 0 and offset + rows <= positives:
         return
-    if isinstance(offset, Integral) and offset == 0:
+    if whole and offset == 0:
         raise ValueError(
             f"documents[0], the positives, has {positives} rows, fewer than the {rows} of queries: each needs its own."
         )
@@ -376,12 +392,12 @@ def _guide(
         raise ValueError("all_queries cannot be combined with guide_queries: a guide sees the local queries only.")
     checks.vectors("guide_queries", guide_queries)
     guides = checks.columns("guide_documents", guide_documents, "expected the guide's vectors of the documents")
-    for name, guide, vectors in (
-        ("guide_queries", [guide_queries], [queries]),
-        ("guide_documents", guides, columns),
+    for name, found, wanted in (
+        ("guide_queries", [len(guide_queries)], [len(queries)]),
+        ("guide_documents", [len(x) for x in guides], [len(x) for x in columns]),
     ):
-        if [len(x) for x in guide] != [len(x) for x in vectors]:
-            raise ValueError(f"{name} has {[len(x) for x in guide]} rows, expected {[len(x) for x in vectors]}.")
+        if found != wanted:
+            raise ValueError(f"{name} has {found} rows, expected {wanted}.")
     for index, guide in enumerate(guides):
         checks.alike(f"guide_documents[{index}]", guide, "guide_queries", guide_queries)
     if guide_queries.device != queries.device:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..problems import pairwise as contract
 from ..problems.pairwise import PairwiseProblem
@@ -31,7 +30,7 @@ class _Pairwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         similarities: tuple[str, ...],
         backend: str | None,
         *vectors: Tensor,  # x (n, D), then the columns of y, (n, D) each
@@ -42,7 +41,7 @@ class _Pairwise(torch.autograd.Function):
         return _scores(PairwiseProblem(vectors[0], vectors[1:], similarities), backend)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, *columns = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if all(gradient is None for gradient in gradients):
@@ -93,10 +92,10 @@ def pairwise_similarity(
         ValueError: A shape, a device or a name cannot be served; the message says which.
     """
     problem = _validated(x, y, similarities)
-    vectors = (problem.x, *problem.columns)
+    vectors: Sequence[Tensor] = (problem.x, *problem.columns)
     if learnable("pairwise_similarity", vectors):
         if not readable(*vectors):
-            vectors = tuple(_traced.distinct(vectors))
+            vectors = _traced.distinct(vectors)
         return _Pairwise.apply(problem.similarities, backend, *vectors)
     return _scores(problem, backend)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..problems.ranking import Needs, RankingProblem, RankingResult, check_values, comparable
 from ..problems.scale import Scale
@@ -35,7 +34,7 @@ class _Ranking(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         problem: RankingProblem,
         backend: str | None,
         guard: Tensor,  # (), see double_backward_guard
@@ -48,7 +47,7 @@ class _Ranking(torch.autograd.Function):
         return result.loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         guard, *gradients = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *scaled("ranking_loss", gradients, ctx.destinations, wanted, grad_output, guard)
@@ -102,8 +101,8 @@ def ranking_loss(
     """
     problem = _validated(scores, labels, scale, weights)
     if gather_across_devices:
-        everyone = gather_rows(problem.scores, problem.labels, problem.weights, labels.dtype)
-        problem = replace(problem, **dict(zip(("scores", "labels", "weights"), everyone, strict=True)))
+        scores, labels, weights = gather_rows(problem.scores, problem.labels, problem.weights, labels.dtype)
+        problem = replace(problem, scores=scores, labels=labels, weights=weights)
     inputs: Sequence[Tensor | float | None] = (problem.scores, problem.scale.given, problem.weights)
     tensors = learnable("ranking_loss", inputs)
     if tensors:

@@ -44,7 +44,7 @@ OPERAND_ROWS = 4096
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
-    """Loss and gradients of the contrastive operation."""
+    """Returns loss and gradients of the contrastive operation."""
     return _Pass(problem, needs).run()
 
 
@@ -55,7 +55,7 @@ class _Operand:
         self.parts, self.cosine, self.need, self.eps = parts, cosine, need, problem.eps
         self.dtype = torch.promote_types(parts[0].dtype, problem.dtype)
         self.total: Tensor | None = None  # (rows, D): the gradient of all prefixes so far
-        self.values: Tensor | None = None  # (rows, d) for the prefix of d entries that was begun
+        self.values = parts[0].new_empty(0)  # (rows, d) for the prefix of d entries that was begun
         self.gradient: Tensor | None = None  # (rows, d), of these values: a view of the total, where it piles up
         self.before: Tensor | None = None  # (rows, 1): g . x of what lay there when the prefix was begun
 
@@ -73,28 +73,28 @@ class _Operand:
         if not self.need:
             return
         first = self.total is None
-        if first:
+        if self.total is None:
             self.total = self.values.new_zeros(len(self.values), self.parts[0].shape[1])
         self.gradient = _prefix(self.total, dim)
         self.before = None
         if self.cosine and not first:
             # What wider prefixes have left here is to come out of finish() unchanged.
             self.gradient.mul_(self.norms)
-            self.before = torch.cat([self._radial(rows) for rows in self._row_blocks()])
+            self.before = torch.cat([self._radial(self.gradient, rows) for rows in self._row_blocks()])
 
     def finish(self) -> None:
         """Carry the gradient of this prefix through its norm, in place: dx = (g - (g . x) x) / |x|."""
-        if self.need and self.cosine:
+        if self.gradient is not None and self.cosine:
             for rows in self._row_blocks():
-                radial = self._radial(rows)
+                radial = self._radial(self.gradient, rows)
                 if self.before is not None:
                     radial -= self.before[rows]
                 self.gradient[rows].addcmul_(self.values[rows], radial, value=-1).div_(self.norms[rows])
-        self.values = None  # before the next prefix holds other values
+        self.values = self.values.new_empty(0)  # before the next prefix holds other values
 
-    def _radial(self, rows: slice) -> Tensor:
-        """g . x, (rows, 1); 0 below eps, where the divisor is a constant and nothing flows through it."""
-        products = self.gradient[rows] * self.values[rows]
+    def _radial(self, gradient: Tensor, rows: slice) -> Tensor:
+        """Returns g . x, (rows, 1); 0 below eps, where the divisor is a constant and nothing flows through it."""
+        products = gradient[rows] * self.values[rows]
         return products.sum(dim=1, keepdim=True).masked_fill_(self.below_eps[rows], 0)
 
     def _row_blocks(self) -> Iterator[slice]:
@@ -126,14 +126,11 @@ class _Pass:
         if problem.all_queries is not None and any(term.columns_are_queries for term in self.terms):
             self.all_queries = _Operand((problem.all_queries,), problem, cosine, needs.all_queries)
         self.operands = list({id(o): o for o in (self.queries, self.documents, self.all_queries)}.values())
-        self.guides = None
-        if problem.guided:
-            self.guides = (
-                _Operand((problem.guide_queries,), problem, cosine=True, need=False),
-                _Operand(problem.guide_documents, problem, cosine=True, need=False),
-            )
-            for guide in self.guides:
-                guide.begin(problem.guide_queries.shape[1])
+        self.guides: list[_Operand] = []  # of queries, of documents; none without a guide
+        if problem.guide_queries is not None:
+            for parts in ((problem.guide_queries,), problem.guide_documents):
+                self.guides.append(_Operand(parts, problem, cosine=True, need=False))
+                self.guides[-1].begin(problem.guide_queries.shape[1])
         self.scale = problem.scale.factor(problem.dtype, problem.device)
         self.unshifted = problem.unshifted
         self.grad = any(needs)
@@ -175,14 +172,14 @@ class _Pass:
             documents=self.documents.total,
             all_queries=self._all_queries_gradient(),
             scale=self.scale_gradient if needs.scale else None,
-            weights=(losses - loss) / weight_sum(weights) if needs.weights else None,
+            weights=(losses - loss) / weight_sum(weights) if needs.weights and weights is not None else None,
         )
 
     def _all_queries_gradient(self) -> Tensor | None:
         if not self.needs.all_queries:
             return None
         if self.all_queries is self.queries:  # no direction looks at the other ranks' queries
-            return torch.zeros_like(self.problem.all_queries, dtype=self.problem.dtype)
+            return torch.zeros_like(self.problem.query_columns, dtype=self.problem.dtype)
         return self.all_queries.total
 
     def _block_rows(self, n: int) -> int:
@@ -197,7 +194,7 @@ class _Pass:
         return max(1, min(n, budget, max(MIN_BLOCK_ROWS, TARGET_BLOCK_BYTES // row_bytes)))
 
     def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
-        """Losses of the rows in ``block``, (B,); adds their part of every gradient."""
+        """Returns the losses of the rows in ``block``, (B,), and adds their part of every gradient."""
         own_documents = slice(block.start + self.problem.row_offset, block.stop + self.problem.row_offset)
         logits = {term: self._logits(term, block, own_documents, buffers[term], guide_buffer) for term in self.terms}
         losses = torch.zeros_like(share)
@@ -207,7 +204,7 @@ class _Pass:
         return losses
 
     def _sides(self, term: Term, block: slice, own_documents: slice) -> tuple[_Operand, slice, _Operand]:
-        """Row operand, its rows of this block, column operand."""
+        """Returns the row operand, its rows of this block, and the column operand."""
         rows = (self.queries, block) if term.rows_are_queries else (self.documents, own_documents)
         return *rows, self.all_queries if term.columns_are_queries else self.documents
 
@@ -222,7 +219,7 @@ class _Pass:
         buffer: Tensor,
         guide_buffer: Tensor | None,
     ) -> _Block:
-        """z of one term, with -inf where the softmax must not look: exclusions, and the positive."""
+        """Returns z of one term, with -inf where the softmax must not look: exclusions, and the positive."""
         problem = self.problem
         rows, index, columns = self._sides(term, block, own_documents)
         # Every entry gets the factor that most entries have; the few others are mended on their diagonals.
@@ -270,7 +267,7 @@ class _Pass:
         return result
 
     def _guide(self, term: Term, block: slice, own_documents: slice, buffer: Tensor) -> Tensor:
-        """Cosine of the guide's vectors for one term, (B, columns)."""
+        """Returns the cosine of the guide's vectors for one term, (B, columns)."""
         queries, documents = self.guides
         rows = queries.values[block] if term.rows_are_queries else documents.values[own_documents]
         columns = queries if term.columns_are_queries else documents
@@ -279,12 +276,12 @@ class _Pass:
         return torch.mm(rows, columns.values[: term.columns].T, out=similarity)
 
     def _softmax(self, parts: list[_Block], block: slice, own_documents: slice, share: Tensor) -> Tensor:
-        """One softmax over the given terms: losses (B,), and the gradients that follow from them.
+        """Returns the losses of one softmax over the given terms, (B,), and adds the gradients that follow from them.
 
         ``share`` (B,) is the weight of each row in the loss.
         """
         positive = [self.scale * part.positive for part in parts if part.positive is not None]  # each (B,)
-        shift: Tensor | float = 0.0
+        shift = torch.zeros_like(share)
         if not self.unshifted:
             shift = reduce(torch.maximum, [part.z.amax(dim=1) for part in parts] + positive)
             # Of an infinite maximum the largest number: exp(x - inf) would make no number of every x.
@@ -326,7 +323,7 @@ class _Pass:
         return losses
 
     def _accumulate(self, part: _Block, block: slice, own_documents: slice, coefficient: Tensor) -> None:
-        """The two gradient products of one term."""
+        """Adds the two gradient products of one term."""
         rows, index, columns = self._sides(part.term, block, own_documents)
         values = columns.values[: part.term.columns]
         if rows.gradient is not None or self.needs.scale:
@@ -343,6 +340,7 @@ class _Pass:
         """Adds the gradient of the positive pairs, row-wise; ``d_positive`` (B,) is that of their similarity."""
         rows, index, columns = self._sides(part.term, block, own_documents)
         partners = self._positive_columns(part.term, block)
+        assert part.positive is not None  # the caller looks
         if rows.gradient is not None:
             rows.gradient[index].addcmul_(d_positive[:, None], columns.values[partners])
         if columns.gradient is not None:
@@ -352,11 +350,11 @@ class _Pass:
 
 
 def _prefix(matrix: Tensor, dim: int) -> Tensor:
-    """The first ``dim`` columns."""
+    """Returns the first ``dim`` columns."""
     return matrix if dim == matrix.shape[1] else matrix[:, :dim]
 
 
 def _diagonal(matrix: Tensor, start: int, block: slice) -> Tensor:
-    """View of the entries (i, start + i) of a matrix that holds the rows of ``block``."""
+    """Returns a view of the entries (i, start + i) of a matrix that holds the rows of ``block``."""
     begin = start + block.start
     return matrix[:, begin : begin + len(matrix)].diagonal()

@@ -20,7 +20,7 @@ from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
-    """Loss and gradients of the ranking operation."""
+    """Returns loss and gradients of the ranking operation."""
     dtype = torch.float32 if problem.device.type == "mps" else torch.float64
     n = len(problem.scores)
     labels, order = problem.labels.sort(stable=True)

@@ -11,7 +11,7 @@ from ...problems.pairwise import SIMILARITIES, PairwiseGradients, PairwiseProble
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:
-    """The scores of each similarity, (C n)."""
+    """Returns the scores of each similarity, (C * n,)."""
     x, *columns = _operands(problem)
     wanted = [name in problem.similarities for name in SIMILARITIES]
     scores = dict(zip(SIMILARITIES, torch.ops.sbert_kernels.pairwise(x, columns, wanted), strict=True))
@@ -36,7 +36,7 @@ def pairwise_gradients(
 
 
 def _operands(problem: PairwiseProblem) -> list[Tensor]:
-    """All vectors in one of the types that there are kernels for, with contiguous rows."""
+    """Returns all vectors in one of the types that there are kernels for, with contiguous rows."""
     vectors = (problem.x, *problem.columns)
     dtypes = {v.dtype for v in vectors}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else problem.dtype

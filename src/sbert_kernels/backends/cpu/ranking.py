@@ -8,7 +8,7 @@ from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
-    """Loss and gradients of the ranking operation."""
+    """Returns loss and gradients of the ranking operation."""
     weights = problem.weights
     loss, *gradients = torch.ops.sbert_kernels.ranking(
         scores=problem.scores.detach().to(problem.dtype).contiguous(),

@@ -16,49 +16,50 @@ from ...problems.contrastive import DIRECTIONS, ContrastiveProblem, ContrastiveR
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     """Returns loss and gradients of the operation; holds every similarity matrix several times over."""
     scale = torch.as_tensor(problem.scale.given, dtype=torch.float64, device=problem.device)
-
-    def leaf(tensor: Tensor | None, wanted: bool) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(problem.dtype).requires_grad_(wanted)
-
-    leaves = {
-        "queries": leaf(problem.queries, needs.queries),
-        "documents": leaf(torch.cat(problem.documents), needs.documents),
-        "all_queries": leaf(problem.all_queries, needs.all_queries),
-        "scale": leaf(scale, needs.scale),
-        "weights": leaf(problem.weights, needs.weights),
+    inputs = {
+        "queries": (problem.queries, needs.queries),
+        "documents": (torch.cat(problem.documents), needs.documents),
+        "all_queries": (problem.all_queries, needs.all_queries),
+        "scale": (scale, needs.scale),
+        "weights": (problem.weights, needs.weights),
     }
-    wanted = [name for name, value in leaves.items() if value is not None and value.requires_grad]
+    leaves = {
+        name: tensor.detach().to(problem.dtype).requires_grad_(need)
+        for name, (tensor, need) in inputs.items()
+        if tensor is not None
+    }
+    wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
     with torch.set_grad_enabled(bool(wanted)):
         loss = torch.zeros((), dtype=problem.dtype, device=problem.device)
         for dim, weight in zip(problem.dims, problem.dim_weights, strict=True):
             loss = loss + weight * _loss(problem, **{name: _prefix(leaf, dim) for name, leaf in leaves.items()})
     gradients: tuple[Tensor, ...] = ()
     if wanted:
-        inputs = [leaves[name] for name in wanted]
+        found = [leaves[name] for name in wanted]
         # all_queries, where no direction looks at them, have a gradient of zero.
-        gradients = tuple(torch.zeros_like(x) for x in inputs)
+        gradients = tuple(torch.zeros_like(x) for x in found)
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+            gradients = torch.autograd.grad(loss, found, allow_unused=True, materialize_grads=True)
     return ContrastiveResult(loss.detach(), **dict(zip(wanted, gradients, strict=True)))
 
 
-def _prefix(leaf: Tensor | None, dim: int) -> Tensor | None:
+def _prefix(leaf: Tensor, dim: int) -> Tensor:
     """Returns the first ``dim`` entries of each embedding; whatever is not a matrix of embeddings stays whole."""
-    return leaf[:, :dim] if leaf is not None and leaf.dim() == 2 else leaf
+    return leaf[:, :dim] if leaf.dim() == 2 else leaf
 
 
 def _loss(
     problem: ContrastiveProblem,
     queries: Tensor,  # (N, D)
     documents: Tensor,  # (M, D)
-    all_queries: Tensor | None,  # (W, D)
     scale: Tensor,  # ()
-    weights: Tensor | None,  # (N,)
+    all_queries: Tensor | None = None,  # (W, D)
+    weights: Tensor | None = None,  # (N,)
 ) -> Tensor:
     matrices = []  # of each direction: logits and which entries are positives, both (N, columns)
     for direction in DIRECTIONS:
         if direction in problem.spec.directions:
-            matrices.append(_direction(problem, direction, queries, documents, all_queries, scale))
+            matrices.append(direction_logits(problem, direction, queries, documents, all_queries, scale))
     groups = [matrices] if problem.spec.partition_mode == "joint" else [[matrix] for matrix in matrices]
 
     loss = torch.zeros(len(queries), dtype=queries.dtype, device=queries.device)
@@ -70,7 +71,7 @@ def _loss(
     return loss.mean() if weights is None else (weights * loss).sum() / weight_sum(weights)
 
 
-def _direction(
+def direction_logits(
     problem: ContrastiveProblem,
     direction: str,
     queries: Tensor,

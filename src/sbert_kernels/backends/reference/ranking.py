@@ -8,7 +8,7 @@ from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
-    """Loss and gradients of the ranking operation; memory for several n x n matrices."""
+    """Returns loss and gradients of the ranking operation; holds several n x n matrices."""
     device = problem.device
     leaves = {
         "scores": problem.scores,

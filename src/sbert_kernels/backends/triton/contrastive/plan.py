@@ -218,6 +218,7 @@ class _Planner:
         self.n, self.prefixes = len(problem.queries), len(problem.dims)
         self.largest_weight = max(map(abs, problem.dim_weights)) or 1.0
         self.prefix_weights = tuple(weight / self.largest_weight for weight in problem.dim_weights)
+        self.masked, self.unshifted = is_masked(problem), problem.unshifted
         self.gathered = problem.all_queries is not None and any(term.columns_are_queries for term in problem.terms())
         self.operands = {
             "queries": self._operand((problem.queries,), needs.queries),
@@ -279,7 +280,7 @@ class _Planner:
         problem, planned = self.problem, tuple(map(self._term, terms))
         gradients = self.needs.vectors
         duplicates_are_positive = any(term.duplicates == "positive" for term in terms)
-        unshifted = problem.unshifted and not duplicates_are_positive and not self.precision.lift and self.prefixes == 1
+        unshifted = self.unshifted and not duplicates_are_positive and not self.precision.lift and self.prefixes == 1
         positives = tuple(
             "gathered_positive" if term.columns == "all_queries" else "positive"
             for term in planned
@@ -308,7 +309,7 @@ class _Planner:
             positives=positives,
             d_positives=d_positives,
             add_d_positive=gradients and index > 0 and d_positives[0] != "gathered_positive",
-            online=not problem.unshifted,
+            online=not self.unshifted,
             duplicates_are_positive=duplicates_are_positive,
             radial=gradients and problem.cosine and self.prefixes > 1,
         )
@@ -347,14 +348,13 @@ class _Planner:
         return overwrites
 
     def _sweep(self, term: TermPlan, n: int, *, weights: bool) -> SweepPlan:
-        problem = self.problem
         config = tiles.sweep_config(
             self.target,
             self.precision,
             statistics=True,
             gradient=False,
-            masked=is_masked(problem),
-            guided=problem.guided,
+            masked=self.masked,
+            guided=self.problem.guided,
             prefixes=self.prefixes,
             width=16,
             aligned=is_aligned(self.operands[term.rows], self.operands[term.columns]),

@@ -63,7 +63,7 @@ class MatmulPrecision:
 def choose_precision(dtypes: Set[torch.dtype], target: Target, prefixes: int = 1) -> MatmulPrecision:
     """Returns the precision for embeddings of these types: half precision if all are alike in it, else that of fp32.
 
-    float32 embeddings follow SBERT_KERNELS_PRODUCTS, else torch.set_float32_matmul_precision(). A precision that the
+    float32 embeddings follow SBERT_KERNELS_MATMUL, else torch.set_float32_matmul_precision(). A precision that the
     target lacks is replaced by one that is no less exact, and a line in the log says so.
     """
     formats = target.gpu.formats
@@ -74,7 +74,7 @@ def choose_precision(dtypes: Set[torch.dtype], target: Target, prefixes: int = 1
         if dtype == torch.float16 or name in formats:
             return MatmulPrecision(name, dtype, fma=name not in formats)
         return MatmulPrecision("float32", torch.float32, fma=True)
-    asked_for = settings.get("products")
+    asked_for = settings.get("matmul")
     name = asked_for or _BY_TORCH[torch.get_float32_matmul_precision()]
     if dtypes == {torch.float16}:
         name = "tf32"
@@ -86,7 +86,7 @@ def choose_precision(dtypes: Set[torch.dtype], target: Target, prefixes: int = 1
     if name != wanted == asked_for:
         log_once(
             logger,
-            f"SBERT_KERNELS_PRODUCTS={asked_for!r}: this GPU has no such products, so that {name} takes its place.",
+            f"SBERT_KERNELS_MATMUL={asked_for!r}: this GPU has no such products, so that {name} takes its place.",
         )
     if name == "bfloat16":
         return MatmulPrecision(name, torch.bfloat16, fma=False)
