@@ -3,6 +3,7 @@
 ``EXAMPLES_SMOKE=1`` in the environment cuts texts, batches and steps down, so that a script ends in seconds.
 """
 
+import ast
 import os
 import tempfile
 from functools import cache
@@ -16,8 +17,6 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 
-from sbert_kernels.demo.data import as_pair, read_docstrings
-
 SMOKE = os.environ.get("EXAMPLES_SMOKE") == "1"
 
 
@@ -28,16 +27,18 @@ def size(full: int, smoke: int) -> int:
 
 @cache
 def text_pairs(count: int) -> list[tuple[str, str]]:
-    """Returns the first so many (summary, body) pairs of the docstrings of installed packages."""
-    bodies: dict[str, str] = {}  # by summary
-    for package in ("sentence_transformers", "torch", "transformers"):
-        for folder in find_spec(package).submodule_search_locations:
-            for path in sorted(Path(folder).rglob("*.py")):
-                for docstring in read_docstrings(path) or ():
-                    bodies.update([pair] if (pair := as_pair(docstring)) else [])
-                if len(bodies) >= count:
-                    return list(bodies.items())[:count]
-    return list(bodies.items())
+    """Returns the first so many (summary, rest) pairs of the docstrings of installed packages."""
+    found: dict[str, str] = {}  # the rest by its summary
+    for package in ("sentence_transformers", "sklearn", "transformers"):
+        for path in sorted(Path(find_spec(package).submodule_search_locations[0]).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                docstring = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+                summary, _, rest = (docstring or "").partition("\n\n")
+                if len(summary) >= 20 and len(rest) >= 40:
+                    found[" ".join(summary.split())] = rest[:1000]
+            if len(found) >= count:
+                return list(found.items())[:count]
+    return list(found.items())
 
 
 def pairs(count: int) -> Dataset:
