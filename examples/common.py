@@ -6,6 +6,7 @@
 import ast
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,15 +26,22 @@ def size(full: int, smoke: int) -> int:
     return smoke if SMOKE else full
 
 
+def docstrings(nodes: list[ast.stmt]) -> Iterator[str]:
+    """Yields the docstrings of the classes and functions among these statements, and of those inside them."""
+    for node in nodes:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield ast.get_docstring(node) or ""
+            yield from docstrings(node.body)
+
+
 @cache
 def text_pairs(count: int) -> list[tuple[str, str]]:
     """Returns the first so many (summary, rest) pairs of the docstrings of installed packages."""
     found: dict[str, str] = {}  # the rest by its summary
     for package in ("sentence_transformers", "sklearn", "transformers"):
         for path in sorted(Path(find_spec(package).submodule_search_locations[0]).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                docstring = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
-                summary, _, rest = (docstring or "").partition("\n\n")
+            for docstring in docstrings(ast.parse(path.read_bytes()).body):
+                summary, _, rest = docstring.partition("\n\n")
                 if len(summary) >= 20 and len(rest) >= 40:
                     found[" ".join(summary.split())] = rest[:1000]
             if len(found) >= count:

@@ -20,7 +20,7 @@ trainer = SentenceTransformerTrainer(
         learning_rate=0.02,
         learning_rate_mapping={"scale$": 0.2},  # parameters whose name ends in "scale"
     ),
-    train_dataset=pairs(8192),
+    train_dataset=pairs(4096),
     loss=loss,
 )
 trainer.train()

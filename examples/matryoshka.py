@@ -12,7 +12,7 @@ from sbert_kernels.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 DIMENSIONS = [512, 256, 128, 64, 32]
 
 model = static_model(DIMENSIONS[0])
-data = pairs(8192)
+data = pairs(4096)
 loss = MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), DIMENSIONS)
 trainer = SentenceTransformerTrainer(
     model=model,

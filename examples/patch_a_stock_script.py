@@ -14,7 +14,7 @@ loss = MultipleNegativesRankingLoss(model)
 trainer = SentenceTransformerTrainer(
     model=model,
     args=arguments(batch_size=1024, steps=20, learning_rate=0.05),
-    train_dataset=pairs(8192),
+    train_dataset=pairs(4096),
     loss=loss,
 )
 trainer.train()

@@ -16,7 +16,7 @@ loss = MultipleNegativesRankingLoss(model, gather_across_devices=True)
 trainer = SentenceTransformerTrainer(
     model=model,
     args=arguments(batch_size=512, steps=10, learning_rate=0.05, ddp_backend="gloo"),
-    train_dataset=pairs(8192),
+    train_dataset=pairs(4096),
     loss=loss,
 )
 trainer.train()
