@@ -29,7 +29,7 @@ from sbert_kernels import extension  # noqa: E402
 
 
 def remove_libraries(directory: Path) -> None:
-    """What earlier builds left there: their names differ, so nothing would overwrite them."""
+    """Removes what earlier builds left there: their names differ, so nothing would overwrite them."""
     for library in directory.glob("_cpu-*"):
         library.unlink()
 
@@ -69,14 +69,14 @@ class Wheel(bdist_wheel):
 mode = os.environ.get("SBERT_KERNELS_BUILD", "auto")
 if mode not in ("auto", "0", "1"):
     raise SystemExit(f"SBERT_KERNELS_BUILD={mode!r} cannot be read: expected 0, 1 or auto.")
-obstacle = "SBERT_KERNELS_BUILD=0" if mode == "0" else extension.obstacle()
-if obstacle is not None:
+why_not = "SBERT_KERNELS_BUILD=0" if mode == "0" else extension.why_not_compile()
+if why_not is not None:
     if mode == "1":
-        raise SystemExit(f"SBERT_KERNELS_BUILD=1, but the CPU kernels cannot be built: {obstacle}.")
-    print(f"sbert-kernels: built without the CPU kernels, they are compiled on first use: {obstacle}.")
+        raise SystemExit(f"SBERT_KERNELS_BUILD=1, but the CPU kernels cannot be built: {why_not}.")
+    print(f"sbert-kernels: built without the CPU kernels, they are compiled on first use: {why_not}.")
 
 setup(
     # An optional extension that fails to compile is left out with a warning.
-    ext_modules=[] if obstacle else [Extension("sbert_kernels._cpu", sources=[], optional=mode != "1")],
+    ext_modules=[] if why_not else [Extension("sbert_kernels._cpu", sources=[], optional=mode != "1")],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

@@ -190,7 +190,8 @@ def summary_rows(kernels: list[Compiled]) -> Iterator[dict[str, Any]]:
 
 def problem_of(case: Case, dtype: torch.dtype, dim: int, rows: int = 8192) -> Any:
     """A contrastive problem without memory."""
-    from sbert_kernels.problems.contrastive import ContrastiveProblem
+    from sbert_kernels.problems.contrastive import ContrastiveProblem, ContrastiveSpec
+    from sbert_kernels.problems.scale import Scale
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -204,24 +205,12 @@ def problem_of(case: Case, dtype: torch.dtype, dim: int, rows: int = 8192) -> An
     return ContrastiveProblem(
         queries=meta(rows, dim),
         documents=tuple(meta(rows, dim) for _ in range(columns)),
-        all_queries=None,
-        scale=meta(dtype=torch.float32) if scale is None else scale,
-        similarity="cos",
-        directions=options.get("directions", ("query_to_doc",)),
-        partition_mode="joint",
-        hardness_mode=options.get("hardness_mode"),
-        hardness_strength=options.get("hardness_strength", 0.0),
-        weights=None,
+        scale=Scale(meta(dtype=torch.float32) if scale is None else scale),
         query_ids=meta(rows, dtype=torch.int64) if ids else None,
         document_ids=meta(rows * columns, dtype=torch.int64) if ids else None,
-        duplicates=options.get("duplicates", "keep"),
         guide_queries=None if guide is None else meta(rows, guide),
         guide_documents=() if guide is None else tuple(meta(rows, guide) for _ in range(columns)),
-        margin_strategy="absolute",
-        margin=0.0,
-        row_offset=0,
-        dims=dims,
-        dim_weights=(1.0,) * len(dims),
+        spec=ContrastiveSpec(**options, dims=dims, dim_weights=(1.0,) * len(dims)),
     )
 
 
@@ -240,7 +229,7 @@ def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
                     continue
                 for strategy in case.strategies:
                     problem = problem_of(case, dtype, dim)
-                    learns = isinstance(problem.scale, Tensor)
+                    learns = problem.scale.tensor is not None
                     needs = Needs(True, True, False, learns) if case.gradients else Needs()
                     with (
                         settings.override(strategy=strategy, products=products),
@@ -257,6 +246,7 @@ def _others(seen: set[Any], target: str, quick: bool) -> Iterator[tuple[str, Any
     from sbert_kernels.backends.triton import launching, pairwise, ranking
     from sbert_kernels.problems.pairwise import SIMILARITIES, PairwiseProblem
     from sbert_kernels.problems.ranking import Needs, RankingProblem
+    from sbert_kernels.problems.scale import Scale
 
     where = launching.Target(*TARGETS[target])
     for dtype_name, dtype in DTYPES.items():
@@ -274,7 +264,7 @@ def _others(seen: set[Any], target: str, quick: bool) -> Iterator[tuple[str, Any
     for rows in (1000, 65536) if quick else (1000, 8192, 65536):
         for label_type in (torch.float32,) if quick else (torch.float32, torch.int64):
             labels = torch.empty(rows, dtype=label_type, device="meta")
-            problem = RankingProblem(torch.empty(rows, device="meta"), labels, 20.0, None)
+            problem = RankingProblem(torch.empty(rows, device="meta"), labels, Scale(20.0))
             with launching.recording(where) as launches:
                 ranking.ranking(problem, Needs(True, True, False))
             for launch in launches:

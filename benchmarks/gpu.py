@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbert_kernels import contrastive_loss, settings
-from sbert_kernels.backends.triton import obstacle
+from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.benchmarks import contrastive, gpu_peers, harness, ranking
 from sbert_kernels.benchmarks.gpu_jobs import KINDS, LEAST_SECONDS, OURS_COLUMN, Budget, Job, Pace, in_batch, plan
 from sbert_kernels.benchmarks.gpu_targets import NOT_RUN, verdicts, wrong_choices
@@ -449,7 +449,7 @@ def new_reports() -> dict[str, harness.Report]:
 def run(args: argparse.Namespace) -> None:
     """Runs the jobs, prints tables and targets, writes the reports; exits non-zero at the end if ours failed."""
     harness.begin(args)
-    why_not = obstacle("cuda", by_name=True) if torch.cuda.is_available() else "torch sees none"
+    why_not = why_not_on("cuda", by_name=True) if torch.cuda.is_available() else "torch sees none"
     if why_not is not None:
         print(f"bench gpu needs a GPU ({why_not}); where there is one: {COMMAND}", file=sys.stderr)
         raise SystemExit(2)

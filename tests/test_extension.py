@@ -44,7 +44,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         library.write_bytes(b"not a library")
 
     monkeypatch.setattr(extension, "build", build)
-    monkeypatch.setattr(extension, "obstacle", lambda: None)
+    monkeypatch.setattr(extension, "why_not_compile", lambda: None)
     return made
 
 
@@ -52,8 +52,8 @@ def test_compiles_once_for_two_processes_and_the_library_loads(
     tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a command of several words (a launcher, the compiler, a flag), and a umask that takes nothing away."""
-    if extension.obstacle():
-        pytest.skip(extension.obstacle())
+    if extension.why_not_compile():
+        pytest.skip(extension.why_not_compile())
     if sys.platform != "win32":
         monkeypatch.setenv("CXX", f"env {os.environ.get('CXX') or 'c++'} -DWORDS='\"two words\"'")
         (sources / "flag.cpp").write_text(
@@ -82,8 +82,8 @@ def test_compiles_once_for_two_processes_and_the_library_loads(
 def test_a_source_that_does_not_compile_is_a_reason_and_is_not_tried_again(
     sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if extension.obstacle():
-        pytest.skip(extension.obstacle())
+    if extension.why_not_compile():
+        pytest.skip(extension.why_not_compile())
     (sources / "tiny.cpp").write_text("int broken() { return missing_name; }\n")
     reason = extension.load()
     assert reason is not None

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from torch import nn
 
 import sbert_kernels
 from sbert_kernels import is_patched, losses, patch, unpatch
+from support.embedded import Embedded
 
 # Of the losses that stock has, the package that exports each.
 PACKAGES = {
@@ -123,13 +124,13 @@ def test_one_line_says_how_much_was_replaced(caplog: pytest.LogCaptureFixture) -
     ]
 
 
-def test_is_patched_tells_whose_a_loss_is(embedded: Callable[..., Any]) -> None:
+def test_is_patched_tells_whose_a_loss_is() -> None:
     name = "MultipleNegativesRankingLoss"
-    early = STOCK[name](embedded())
+    early = STOCK[name](Embedded())
     assert not is_patched()
     with patch():
         assert is_patched()
-        loss = getattr(stock, name)(embedded())
+        loss = getattr(stock, name)(Embedded())
         assert type(loss).__module__ == STOCK[name].__module__  # which is why somebody asks
         assert is_patched(loss)
         assert is_patched(getattr(stock, name))
@@ -214,9 +215,9 @@ def test_what_is_pickled_while_patched_loads_as_stock() -> None:
     assert loaded.scale == 3.0
 
 
-def test_losses_made_inside_sentence_transformers_are_fused(embedded: Callable[..., Any]) -> None:
+def test_losses_made_inside_sentence_transformers_are_fused() -> None:
     with patch():
-        loss = stock.CachedMultipleNegativesRankingLoss(embedded())
+        loss = stock.CachedMultipleNegativesRankingLoss(Embedded())
     assert type(loss) is losses.CachedMultipleNegativesRankingLoss
     assert type(loss.loss) is losses.MultipleNegativesRankingLoss
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sbert_kernels import contrastive_loss, settings
-from sbert_kernels.backends.cpu.contrastive import choose_products
+from sbert_kernels.backends.cpu.contrastive import choose_precision
 
 
 def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +102,11 @@ def test_the_usual_number_of_bytes_is_the_callers_until_one_is_set(monkeypatch: 
 
 @pytest.mark.parametrize("products", ["tf32", "tf32x3"])
 def test_the_cpu_kernels_refuse_products_of_gpus(products: str) -> None:
-    refused = pytest.raises(ValueError, match=f"SBERT_KERNELS_PRODUCTS='{products}' is for GPUs; the cpu backend has")
+    refused = pytest.raises(
+        ValueError, match=f"SBERT_KERNELS_PRODUCTS='{products}' is for GPUs; the cpu backend cannot"
+    )
     with settings.override(products=products), refused:
-        choose_products({torch.float32})
+        choose_precision({torch.float32})
 
 
 @pytest.mark.usefixtures("compiled")

@@ -59,7 +59,7 @@ def _info(_: argparse.Namespace) -> int:
     print(f"  compiled CPU kernels: {extension.describe()}")
     if extension.load() is None:
         print(f"  their instruction set: {torch.ops.sbert_kernels.cpu_instruction_set()}")
-        print(f"  their products: {_cpu_products()}")
+        print(f"  their matmul precisions: {_cpu_precisions()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -74,13 +74,13 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
-def _cpu_products() -> str:
+def _cpu_precisions() -> str:
     """The ways in which the compiled kernels can multiply here, and why no others."""
-    from .backends.cpu.contrastive import Products, bfloat16_instructions, why_not
+    from .backends.cpu.contrastive import MatmulPrecision, bfloat16_instructions, why_not_precision
 
-    there = ", ".join(products.name.lower() for products in Products if why_not(products) is None)
+    there = ", ".join(precision.name.lower() for precision in MatmulPrecision if why_not_precision(precision) is None)
     instructions = bfloat16_instructions()
-    return f"{there} (by {instructions})" if instructions else f"{there}; {why_not(Products.BFLOAT16)}"
+    return f"{there} (by {instructions})" if instructions else f"{there}; {why_not_precision(MatmulPrecision.BFLOAT16)}"
 
 
 def _print_choice(operation: str, device: str, where: str) -> None:
@@ -94,10 +94,10 @@ def _print_choice(operation: str, device: str, where: str) -> None:
         return
     print(f"  {operation}{where}: {choice.backend.name} ({choice.reason})")
     for other in backends.BACKENDS:
-        if other == choice.backend or operation not in other.operations:
+        if other is choice.backend:
             continue
         only = "" if other.automatic else "; only when asked for"
-        reason = other.unsupported(operation, None, device=device)
+        reason = backends.why_not(other, operation, None, device=device)
         obstacle = "" if reason is None else f"; not here: {reason}"
         print(f"    else {other.name}: {other.summary}{only}{obstacle}")
 

@@ -60,7 +60,7 @@ class BuildError(Exception):
 
 
 def load() -> str | None:
-    """Make ``torch.ops.sbert_kernels`` available; returns ``None``, or one sentence that says why it is not.
+    """Makes ``torch.ops.sbert_kernels`` available; returns None, or one clause that says why it cannot.
 
     The first call may compile, which takes about a minute and logs a line. Its outcome holds for the process: a later
     call costs nothing, and a failure is tried again only under other settings (``SBERT_KERNELS_COMPILE``,
@@ -80,9 +80,9 @@ def load() -> str | None:
 
 
 def describe() -> str:
-    """One line for ``info``: the library in use and where it came from, or why there is none. Loads it if need be."""
+    """Returns one line for ``info``: the library in use and where it came from, or why there is none. Loads it."""
     reason = load()
-    if reason is not None:
+    if _library is None:
         return f"none ({reason})"
     return f"{_library} ({'prebuilt' if _library.parent == PACKAGE else 'compiled on first use'})"
 
@@ -126,24 +126,24 @@ def _open(path: Path) -> str | None:
 
 
 def _sources() -> list[Path]:
-    return sorted(SOURCES.glob("*.cpp"))
+    return sorted(SOURCES.rglob("*.cpp"))
 
 
 def _key() -> str:
-    """What the library depends on: torch's version and C++ ABI in clear, flags and sources (headers too) as a hash."""
+    """Returns all that the library depends on: torch's version and C++ ABI in clear, flags and sources as a hash."""
     import torch
 
     if not _sources():
         raise BuildError(f"there are no sources in {SOURCES}")
     digest = hashlib.sha256(repr((_COMPILE_FLAGS, _LINK_FLAGS, torch.compiled_with_cxx11_abi())).encode())
-    for path in sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h")):
+    for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h")):
         content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)} ".encode() + content)
+        digest.update(f"{path.relative_to(SOURCES).as_posix()} {len(content)} ".encode() + content)
     return f"torch{torch.__version__}-{sys.platform}-{platform.machine().lower()}-{digest.hexdigest()[:12]}"
 
 
 def prebuilt_name() -> str:
-    """File name of the library that ``setup.py`` builds into the package for the torch that is installed.
+    """Returns the file name of the library that ``setup.py`` builds into the package for the torch that is installed.
 
     Raises:
         BuildError: if there are no sources.
@@ -164,7 +164,7 @@ def _cache_directory(cache: str | None) -> Path:
 
 
 def _compiled(cache: str | None, compile_allowed: bool) -> Path:
-    """The library of this torch and these sources in the cache, compiled if it is not there yet.
+    """Returns the library of this torch and these sources in the cache; compiles it if it is not there yet.
 
     Raises:
         BuildError: if it must not or cannot be compiled, or the cache cannot be written, or others can write it.
@@ -183,7 +183,9 @@ def _compiled(cache: str | None, compile_allowed: bool) -> Path:
             return library
         reason = trust.distrust(library) if os.path.lexists(library) else None
         why_again = "" if reason is None else f"; the one that is there is not loaded: {reason}"
-        missing = obstacle() if compile_allowed else "compiling on first use is forbidden by SBERT_KERNELS_COMPILE=0"
+        missing = (
+            why_not_compile() if compile_allowed else "compiling on first use is forbidden by SBERT_KERNELS_COMPILE=0"
+        )
         if missing is not None:
             raise BuildError(missing + why_again)
         trust.make_folder(directory)
@@ -223,12 +225,12 @@ def _check_trust(path: Path) -> None:
 
 
 def _usable(library: Path) -> bool:
-    """Whether the library is there and may be loaded; one that others could have written is compiled over instead."""
+    """Returns True if the library is there and may be loaded; one that others could have written is compiled anew."""
     return os.path.lexists(library) and trust.distrust(library) is None
 
 
-def obstacle() -> str | None:
-    """What is missing to compile with, as one clause, or ``None``."""
+def why_not_compile() -> str | None:
+    """Returns what is missing to compile with, as one clause, or None."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -245,7 +247,7 @@ def obstacle() -> str | None:
 
 
 def _compiler() -> list[str]:
-    """The compiler's command, word by word: ``CXX`` may name a launcher before the compiler, and flags after it.
+    """Returns the words of the compiler's command: ``CXX`` may name a launcher before the compiler, and flags after it.
 
     Raises:
         ValueError: CXX is blank, or has a quote without its partner.
@@ -260,7 +262,7 @@ def _compiler() -> list[str]:
 
 
 def _one_word(compiler: list[str], scratch: Path) -> Mapping[str, str]:
-    """The variables that make torch, which takes CXX for the name of one program, run a command of several words."""
+    """Returns variables that make torch, which takes CXX for one program, run a command of several words."""
     if len(compiler) == 1:
         return {"CXX": compiler[0]}
     script = scratch / "c++"
@@ -271,7 +273,7 @@ def _one_word(compiler: list[str], scratch: Path) -> Mapping[str, str]:
 
 
 def _environment() -> Mapping[str, str]:
-    """The environment to compile in: torch looks for ninja on PATH only, pip may have put it elsewhere."""
+    """Returns the environment to compile in: torch looks for ninja on PATH only, pip may have put it elsewhere."""
     path = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
     try:
         import ninja
@@ -337,7 +339,7 @@ def build(library: Path, log: Path) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The line of a build log that says most: the compiler's first error, else the last line."""
+    """Returns the line of a build log that says most: the compiler's first error, else the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     error = next((line for line in lines if re.search(r"\berror( \w+)?:|: not found$", line)), None)
     return _first_line(error or (lines[-1] if lines else "the compiler said nothing"))

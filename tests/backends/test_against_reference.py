@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from sbert_kernels import contrastive_loss
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
-from sbert_kernels.backends.cpu.contrastive import Products
-
-DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
+from sbert_kernels.backends.cpu.contrastive import MatmulPrecision
+from support.problems import DIRECTIONS, loss_and_gradients, problem_of, problems, scale_of
 
 
 @pytest.fixture(params=["blockwise", "cpu"])
@@ -34,122 +33,6 @@ def every_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def problem_of(
-    n: int,
-    dim: int,
-    columns: int,
-    seed: int,
-    *,
-    offset: int,
-    beyond: int,
-    guided: bool,
-    gathered: bool,
-    weighted: bool,
-    **options: Any,
-) -> dict[str, Any]:
-    """Arguments of contrastive_loss, in fp64, of values that every narrower type holds.
-
-    The rows are those from ``offset`` on of a batch that has so many, and ``beyond``, from other ranks.
-    """
-    world = offset + n + beyond
-    generator = torch.Generator().manual_seed(seed)
-
-    def vectors(rows: int, width: int = dim) -> torch.Tensor:
-        return torch.randn(rows, width, generator=generator).bfloat16().double()
-
-    def ids(rows: int) -> torch.Tensor:
-        return torch.randint(0, 1 + n // 2, (rows,), generator=generator)
-
-    everyone = vectors(world) if gathered and not guided else None
-    problem = {
-        "queries": vectors(n),
-        "documents": [vectors(world) for _ in range(columns)],
-        "all_queries": everyone,
-        "row_offset": offset,
-        "weights": 0.1 + torch.rand(n, dtype=torch.float64, generator=generator) if weighted else None,
-        "query_ids": ids(n if everyone is None else world),
-        "document_ids": ids(world * columns),
-        **options,
-    }
-    if guided:
-        problem["guide_queries"] = vectors(n, 4)
-        problem["guide_documents"] = [vectors(world, 4) for _ in range(columns)]
-    return problem
-
-
-def scale_of(largest_logit: float, similarity: str, dim: int, learnable: bool) -> float | torch.Tensor:
-    # Dot products grow with the square root of the dimension.
-    scale = largest_logit / (1 if similarity == "cos" else math.sqrt(dim))
-    return torch.tensor(scale, dtype=torch.float64) if learnable else scale
-
-
-@st.composite
-def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) -> dict[str, Any]:
-    """Arguments of contrastive_loss over its whole option space."""
-    similarity = draw(st.sampled_from(["cos", "dot"]))
-    narrowest = narrowest_cosine if similarity == "cos" else 1
-    n, dim, columns = draw(st.integers(1, rows)), draw(st.integers(narrowest, width)), draw(st.integers(1, 4))
-    guided, gathered = draw(st.booleans()), draw(st.booleans())
-    partition = draw(st.sampled_from(["joint", "per_direction"]))
-    extra = draw(st.sets(st.sampled_from(DIRECTIONS if partition == "joint" else DIRECTIONS[1:2])))
-    options: dict[str, Any] = {
-        "scale": scale_of(draw(st.sampled_from([0.5, 19.9, 40.1, 150.0])), similarity, dim, draw(st.booleans())),
-        "similarity": similarity,
-        "directions": ("query_to_doc", *sorted(extra)),
-        "partition_mode": partition,
-        "hardness_mode": draw(st.sampled_from([None, "in_batch_negatives", "hard_negatives", "all_negatives"])),
-        "hardness_strength": draw(st.sampled_from([0.0, 3.0])),
-        "duplicates": draw(st.sampled_from(["keep", "mask", "positive"])),
-    }
-    if draw(st.booleans()):
-        widths = st.integers(narrowest, dim)
-        prefixes = draw(st.dictionaries(widths, st.sampled_from([1.0, 0.3, -2.0, 0.0]), min_size=1, max_size=8))
-        options |= {"matryoshka_dims": list(prefixes), "matryoshka_weights": list(prefixes.values())}
-    if guided:
-        options["margin_strategy"] = draw(st.sampled_from(["absolute", "relative"]))
-        options["margin"] = draw(st.sampled_from([0.0, 0.2, -0.5]))
-    return problem_of(
-        n,
-        dim,
-        columns,
-        draw(st.integers(0, 2**32)),
-        offset=draw(st.integers(0, rows // 4)) if gathered else 0,
-        beyond=draw(st.integers(0, rows // 4)) if gathered else 0,
-        guided=guided,
-        gathered=gathered,
-        weighted=draw(st.booleans()),
-        **options,
-    )
-
-
-def loss_and_gradients(backend: str, problem: dict[str, Any], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """In fp64, computed in ``dtype``."""
-
-    def leaf(value: Any, kind: torch.dtype | None = dtype) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(kind or value.dtype).detach().clone().requires_grad_()
-
-    # Parameters and weights are wider than embeddings of half precision.
-    wide = dtype if dtype is None or dtype.itemsize > 2 else torch.float32
-
-    guide = {"guide_queries": None, "guide_documents": None} | {k: v for k, v in problem.items() if "guide" in k}
-    if guide["guide_queries"] is not None and dtype is not None:
-        # Exclusions are decisions: every type has to take them from the same numbers.
-        guide["guide_queries"] = guide["guide_queries"].float()
-        guide["guide_documents"] = [column.float() for column in guide["guide_documents"]]
-    problem = {
-        k: v if "ids" in k else leaf(v, wide) if k in ("scale", "weights") else leaf(v)
-        for k, v in problem.items()
-        if "guide" not in k
-    }
-    documents = [leaf(column) for column in problem.pop("documents")]
-    queries = problem.pop("queries")
-    loss = contrastive_loss(queries, documents, backend=backend, **problem, **guide)
-    others = [problem[key] for key in ("all_queries", "scale", "weights") if isinstance(problem[key], torch.Tensor)]
-    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [queries, *documents, *others]))]
-
-
 @settings(max_examples=300)
 @given(problem=problems(rows=12, width=9), block_rows=st.integers(1, 14))
 def test_blockwise_equals_the_reference(problem: dict[str, Any], block_rows: int) -> None:
@@ -161,17 +44,17 @@ def test_blockwise_equals_the_reference(problem: dict[str, Any], block_rows: int
 
 
 # A product's rounding of its operands, and of the softmax weights between the products.
-UNIT = {Products.FLOAT32: 2.0**-24, Products.BFLOAT16X3: 2.0**-16, Products.BFLOAT16: 2.0**-8}
+UNIT = {MatmulPrecision.FLOAT32: 2.0**-24, MatmulPrecision.BFLOAT16X3: 2.0**-16, MatmulPrecision.BFLOAT16: 2.0**-8}
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        (Products.FLOAT32, torch.float32),
-        (Products.BFLOAT16X3, torch.float32),
-        (Products.BFLOAT16, torch.float32),
-        (Products.BFLOAT16, torch.bfloat16),
+        (MatmulPrecision.FLOAT32, torch.float32),
+        (MatmulPrecision.BFLOAT16X3, torch.float32),
+        (MatmulPrecision.BFLOAT16, torch.float32),
+        (MatmulPrecision.BFLOAT16, torch.bfloat16),
     ],
     ids=["float32", "bfloat16x3", "bfloat16 of float32", "bfloat16"],
 )
@@ -184,16 +67,16 @@ UNIT = {Products.FLOAT32: 2.0**-24, Products.BFLOAT16X3: 2.0**-16, Products.BFLO
     block_bytes=st.sampled_from([1, 10_000, 200_000, 64 * library.MIB]),
 )
 def test_cpu_equals_the_reference(
-    kind: Products, dtype: torch.dtype, problem: dict[str, Any], block_bytes: int
+    kind: MatmulPrecision, dtype: torch.dtype, problem: dict[str, Any], block_bytes: int
 ) -> None:
     """Errors of at most twice those of eager float32, and some roundings of the products' own."""
-    reason = cpu.why_not(kind)
+    reason = cpu.why_not_precision(kind)
     if reason is not None:
         pytest.skip(reason)
     with library.override(block_bytes=block_bytes, products=kind.name.lower()):
         ours = loss_and_gradients("cpu", problem, dtype)
     # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.
-    check_errors(ours, problem, UNIT[kind], logits_are_rounded=kind != Products.BFLOAT16)
+    check_errors(ours, problem, UNIT[kind], logits_are_rounded=kind != MatmulPrecision.BFLOAT16)
 
 
 def check_errors(ours: list[torch.Tensor], problem: dict[str, Any], unit: float, logits_are_rounded: bool) -> None:

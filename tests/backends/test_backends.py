@@ -66,19 +66,23 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Pretend:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         for operation in OPERATIONS:
-            kernels = SimpleNamespace(unsupported=lambda problem: None)
+            kernels = SimpleNamespace(why_not=lambda problem: None)
             monkeypatch.setitem(sys.modules, f"{triton_backend.__name__}.{operation}", kernels)
+            monkeypatch.setattr(triton_backend, operation, kernels, raising=False)
 
     return pretend
 
 
 def test_every_backend_has_the_operations_that_it_declares() -> None:
     code = (
-        "from sbert_kernels.backends import BACKENDS\n"
+        "import importlib\n"
+        "from sbert_kernels.backends import BACKENDS, OPERATIONS\n"
         "for backend in BACKENDS:\n"
-        "    if backend.obstacle is None or backend.obstacle('cpu', True) is None:\n"
-        "        for operation in backend.operations:\n"
-        "            assert callable(getattr(backend.module(operation), operation)), (backend.name, operation)\n"
+        "    if backend.why_not_on('cpu', True) is None:\n"
+        "        for operation in OPERATIONS:\n"
+        "            module = importlib.import_module(f'{type(backend).__module__}.{operation}')\n"
+        "            assert callable(getattr(module, operation)), (backend.name, operation)\n"
+        "            assert operation in vars(type(backend)), (backend.name, operation)\n"
         "        print(backend.name)"
     )
     expected = [b.name for b in BACKENDS if b.name != "triton" or triton_backend.installed_version() is not None]
@@ -86,9 +90,9 @@ def test_every_backend_has_the_operations_that_it_declares() -> None:
 
 
 def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: None)
+    monkeypatch.setattr(cpu, "why_not", lambda problem: None)
     assert choose("contrastive").backend.name == "cpu"
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: "there is no compiler")
+    monkeypatch.setattr(cpu, "why_not", lambda problem: "there is no compiler")
     choice = choose("contrastive")
     assert choice.backend.name == "blockwise"
     assert "preference" in choice.reason
@@ -119,7 +123,7 @@ def test_without_a_gpu_triton_names_the_obstacle_and_the_way_out(
     monkeypatch: pytest.MonkeyPatch, triton_is: Pretend
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: "there is no compiler")
+    monkeypatch.setattr(cpu, "why_not", lambda problem: "there is no compiler")
     assert "; not triton: there is no GPU (TRITON_INTERPRET=1" in choose("contrastive").reason
     for operation in OPERATIONS:
         with pytest.raises(ValueError, match=r"backend='triton' cannot serve this call: there is no GPU \(TRITON_INT"):
@@ -127,7 +131,7 @@ def test_without_a_gpu_triton_names_the_obstacle_and_the_way_out(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="cannot serve this call: the inputs are on cpu"):
         choose("contrastive", "triton")
-    assert triton_backend.obstacle("mps:0", True) == "the inputs are on mps:0"
+    assert triton_backend.why_not_on("mps:0", True) == "the inputs are on mps:0"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_triton_must_be_there_and_new_enough(
 ) -> None:
     gpu_of(9, 0)
     triton_is(version, distribution)
-    assert triton_backend.obstacle("cuda:0", False) == reason
+    assert triton_backend.why_not_on("cuda:0", False) == reason
 
 
 @pytest.mark.parametrize(
@@ -164,16 +168,16 @@ def test_gpus_without_the_tensor_cores_are_refused(
     triton_is: Pretend, gpu_of: Pretend, capability: tuple[int, int], hip: str | None, reason: str | None
 ) -> None:
     gpu_of(*capability, hip=hip)
-    assert triton_backend.obstacle("cuda:0", False) == reason
-    assert triton_backend.obstacle("cuda:0", True) == (None if hip else reason)  # who asks for it may try
+    assert triton_backend.why_not_on("cuda:0", False) == reason
+    assert triton_backend.why_not_on("cuda:0", True) == (None if hip else reason)  # who asks for it may try
     assert choose("contrastive", device="cuda").backend.name == ("triton" if reason is None else "blockwise")
 
 
 def test_the_interpreter_serves_only_by_name(monkeypatch: pytest.MonkeyPatch, triton_is: Pretend) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_backend.obstacle("cpu", True) is None
-    assert "only when asked for by name" in triton_backend.obstacle("cpu", False)
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: "there is no compiler")
+    assert triton_backend.why_not_on("cpu", True) is None
+    assert "only when asked for by name" in triton_backend.why_not_on("cpu", False)
+    monkeypatch.setattr(cpu, "why_not", lambda problem: "there is no compiler")
     choice = choose("contrastive")
     assert choice.backend.name == "blockwise"
     assert "not triton: Triton's interpreter is for tests" in choice.reason
@@ -208,13 +212,11 @@ def test_without_compiled_kernels_one_line_says_why_what_computes_instead_and_wh
 @NEEDS_TRITON
 def test_float64_falls_back_with_one_line_in_the_log() -> None:
     code = (
-        "import dataclasses, logging, sys, torch\n"
+        "import logging, sys, torch\n"
         "from types import SimpleNamespace\n"
         "from sbert_kernels import backends\n"
         "logging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
-        "backends.BACKENDS = tuple(\n"
-        "    dataclasses.replace(b, obstacle=lambda *_: None) if b.name == 'triton' else b for b in backends.BACKENDS\n"
-        ")\n"
+        "backends.TritonBackend.why_not_on = lambda *_: None\n"
         "cuda, labels = torch.device('cuda'), torch.ones(1)\n"
         "problem = SimpleNamespace(device=cuda, dtype=torch.float64, scores=[0.0], labels=labels)\n"
         "for operation in backends.OPERATIONS:\n"
@@ -268,7 +270,7 @@ def test_info_says_why_a_backend_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, triton_is: Pretend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: "there is no compiler")
+    monkeypatch.setattr(cpu, "why_not", lambda problem: "there is no compiler")
     main(["info"])
     printed = capsys.readouterr().out
     assert "  contrastive: blockwise (first in order of preference" in printed
@@ -282,7 +284,7 @@ def test_info_tells_the_gpu_from_the_cpu(
     monkeypatch: pytest.MonkeyPatch, triton_is: Pretend, gpu_of: Pretend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu_of(9, 0)
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: None)
+    monkeypatch.setattr(cpu, "why_not", lambda problem: None)
     main(["info"])
     printed = capsys.readouterr().out
     assert "  gpu: a GPU\n" in printed
@@ -300,10 +302,10 @@ def test_info_says_which_products_the_processor_has(capsys: pytest.CaptureFixtur
     there = (
         f"float32, bfloat16x3, bfloat16 (by {instructions})\n" if instructions else "float32; there are no instructio"
     )
-    assert f"  their products: {there}" in capsys.readouterr().out
+    assert f"  their matmul precisions: {there}" in capsys.readouterr().out
     with torch.backends.mkldnn.flags(enabled=False):
         main(["info"])
-    assert "  their products: float32; there are no instructions for bfloat16 products" in capsys.readouterr().out
+    assert "  their matmul precisions: float32; there are no instructions for bfloat16" in capsys.readouterr().out
 
 
 def test_info_survives_a_request_that_cannot_be_served(

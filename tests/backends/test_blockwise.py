@@ -12,6 +12,7 @@ import torch
 from sbert_kernels import contrastive_loss, use_backend
 from sbert_kernels import settings as library
 from sbert_kernels.benchmarks import harness
+from support.contrastive import memory_step
 
 
 @pytest.fixture(autouse=True)
@@ -44,24 +45,10 @@ def test_block_size_does_not_change_the_result() -> None:
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
 
 
-def forward_backward(n: int, dim: int, matryoshka_dims: tuple[int, ...] | None) -> Any:
-    """Target of the memory meter: warm up on a small batch, then one step of the wanted size."""
-    torch.manual_seed(0)
-    queries, documents = (torch.randn(n, dim, requires_grad=True) for _ in range(2))
-    contrastive_loss(queries[:64], documents[:64], backend="blockwise").backward()
-    queries.grad = documents.grad = None
-
-    def step() -> bool:
-        contrastive_loss(queries, documents, matryoshka_dims=matryoshka_dims).backward()
-        return math.isfinite(queries.grad.sum().item())
-
-    return step
-
-
 @pytest.mark.parametrize("matryoshka_dims", [None, (64, 48, 32, 16)])
 def test_memory_is_a_block_and_some_copies_of_the_inputs(matryoshka_dims: tuple[int, ...] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB; a block is 32 MiB and an operand 3. More prefixes take no more."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(forward_backward, n, dim, matryoshka_dims)
+    result = harness.run_in_process(memory_step, n, dim, "blockwise", matryoshka_dims)
     assert result.value is True
     assert result.peak_extra_bytes < (32 + 8 * 3 + 16) * library.MIB

@@ -19,10 +19,10 @@ from torch import Tensor
 from sbert_kernels import contrastive_loss, use_backend
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
-from sbert_kernels.backends.cpu.contrastive import Products
+from sbert_kernels.backends.cpu.contrastive import MatmulPrecision
 from sbert_kernels.benchmarks import harness
-
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+from support.contrastive import ALL_DIRECTIONS, eager, loss_and_gradients, memory_step
+from support.numbers import relative_errors
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +46,12 @@ def precision() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
-def multiply_in() -> Iterator[Callable[[Products], None]]:
+def multiply_in() -> Iterator[Callable[[MatmulPrecision], None]]:
     """Lets the backend multiply in a format."""
     with ExitStack() as stack:
 
-        def choose(kind: Products) -> None:
-            reason = cpu.why_not(kind)
+        def choose(kind: MatmulPrecision) -> None:
+            reason = cpu.why_not_precision(kind)
             if reason is not None:
                 pytest.skip(reason)
             stack.enter_context(library.override(products=kind.name.lower()))
@@ -65,11 +65,6 @@ def batch(rows: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
     queries = torch.randn(rows, dim, generator=generator)
     documents = queries / 2 + torch.randn(rows, dim, generator=generator)
     return queries.to(dtype).requires_grad_(), documents.to(dtype).requires_grad_()
-
-
-def loss_and_gradients(queries: Tensor, documents: Tensor, **options: Any) -> list[Tensor]:
-    loss = contrastive_loss(queries, documents, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, [queries, documents])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,18 +160,18 @@ def test_lesser_machines_compute_the_same(variables: dict[str, str], instruction
 def test_products_follow_the_precision_knob_and_the_machine(
     precision: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(instructions: str | None) -> list[Products]:
+    def chosen(instructions: str | None) -> list[MatmulPrecision]:
         monkeypatch.setattr(cpu, "bfloat16_instructions", lambda: instructions)
         found = []
         for value in ("highest", "high", "medium"):
             precision(value)
-            found.append(cpu.choose_products({torch.float32}))
+            found.append(cpu.choose_precision({torch.float32}))
         # Other types have no knob.
-        found.append(cpu.choose_products({torch.bfloat16}))
-        assert cpu.choose_products({torch.float16}) == Products.FLOAT32
+        found.append(cpu.choose_precision({torch.bfloat16}))
+        assert cpu.choose_precision({torch.float16}) == MatmulPrecision.FLOAT32
         return found
 
-    exact, three, one = Products.FLOAT32, Products.BFLOAT16X3, Products.BFLOAT16
+    exact, three, one = MatmulPrecision.FLOAT32, MatmulPrecision.BFLOAT16X3, MatmulPrecision.BFLOAT16
     assert chosen("AMX") == [exact, three, one, one]
     assert chosen("AVX512-bf16") == [exact, exact, one, one]
     assert chosen(None) == [exact] * 4
@@ -204,43 +199,35 @@ def test_bfloat16_is_multiplied_in_float32_while_its_products_are_forbidden() ->
         assert (value - wanted).norm() <= 2**-8 * wanted.norm()
 
 
-def eager(queries: Tensor, documents: Tensor, scale: float) -> list[Tensor]:
-    """The loss as torch computes it in the inputs' type."""
-    logits = scale * F.normalize(queries) @ F.normalize(documents).T
-    loss = F.cross_entropy(logits, torch.arange(len(queries)))
-    return [loss.detach(), *torch.autograd.grad(loss, [queries, documents])]
-
-
 @pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [
-        (torch.float32, Products.FLOAT32),
-        (torch.bfloat16, Products.BFLOAT16),
-        (torch.bfloat16, Products.FLOAT32),
-        (torch.float16, Products.FLOAT32),
+        (torch.float32, MatmulPrecision.FLOAT32),
+        (torch.bfloat16, MatmulPrecision.BFLOAT16),
+        (torch.bfloat16, MatmulPrecision.FLOAT32),
+        (torch.float16, MatmulPrecision.FLOAT32),
     ],
 )
 def test_errors_are_at_most_twice_eagers_in_the_same_type(
-    dtype: torch.dtype, kind: Products, scale: float, multiply_in: Callable[[Products], None]
+    dtype: torch.dtype, kind: MatmulPrecision, scale: float, multiply_in: Callable[[MatmulPrecision], None]
 ) -> None:
     """In the root mean square over some batches: an error of one sum may be anything."""
     multiply_in(kind)
     squares = torch.zeros(2, 3, dtype=torch.float64)
     for seed in range(10):
         queries, documents = batch(200, 96, dtype, seed)
-        exact = eager(*(x.detach().double().requires_grad_() for x in (queries, documents)), scale)
+        exact = eager(queries, documents, scale, torch.float64)
         results = loss_and_gradients(queries, documents, scale=scale), eager(queries, documents, scale)
         for index, found in enumerate(results):
-            errors = [(value - wanted).norm() / wanted.norm() for value, wanted in zip(found, exact, strict=True)]
-            squares[index] += torch.stack(errors) ** 2
+            squares[index] += relative_errors(found, exact) ** 2
     ours, theirs = (squares / 10).sqrt()
     assert (ours <= 2 * theirs).all(), (ours, theirs)
 
 
-@pytest.mark.parametrize("kind", Products)
+@pytest.mark.parametrize("kind", MatmulPrecision)
 def test_the_gradient_of_a_well_trained_row_is_right_within_a_percent(
-    kind: Products, multiply_in: Callable[[Products], None]
+    kind: MatmulPrecision, multiply_in: Callable[[MatmulPrecision], None]
 ) -> None:
     """p = 0.999 of the positive: the gradient is of the size of a bfloat16 rounding of it."""
     multiply_in(kind)
@@ -252,31 +239,31 @@ def test_the_gradient_of_a_well_trained_row_is_right_within_a_percent(
         loss = contrastive_loss(queries, documents, scale=scale, backend="blockwise").item()
         scale *= 1.02 if loss > 1e-3 else 0.99
     assert loss == pytest.approx(1e-3, rel=0.3)
-    dtype = torch.bfloat16 if kind == Products.BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     leaves = [x.to(dtype).requires_grad_() for x in (queries, documents)]
     ours = loss_and_gradients(*leaves, scale=scale)
-    exact = loss_and_gradients(
-        *(x.detach().double().requires_grad_() for x in leaves), scale=scale, backend="reference"
-    )
+    exact = loss_and_gradients(*leaves, "reference", torch.float64, scale=scale)
     for value, wanted in zip(ours, exact, strict=True):
         assert (value - wanted).norm() <= 0.01 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", [Products.BFLOAT16, Products.BFLOAT16X3])
-def test_embeddings_that_all_point_one_way(kind: Products, multiply_in: Callable[[Products], None]) -> None:
+@pytest.mark.parametrize("kind", [MatmulPrecision.BFLOAT16, MatmulPrecision.BFLOAT16X3])
+def test_embeddings_that_all_point_one_way(
+    kind: MatmulPrecision, multiply_in: Callable[[MatmulPrecision], None]
+) -> None:
     """Cosines above 0.99, as of an untrained encoder: the rounding along a vector cancels, as its gradient does."""
     multiply_in(kind)
-    dtype = torch.bfloat16 if kind == Products.BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     torch.manual_seed(0)
     leaves = [(10 + torch.randn(200, 64)).to(dtype).requires_grad_() for _ in range(2)]
-    exact = eager(*(x.detach().double().requires_grad_() for x in leaves), 20.0)
+    exact = eager(*leaves, 20.0, torch.float64)
     for value, wanted in zip(loss_and_gradients(*leaves), exact, strict=True):
-        assert (value - wanted).norm() <= (2**-7 if kind == Products.BFLOAT16 else 2**-13) * wanted.norm()
+        assert (value - wanted).norm() <= (2**-7 if kind == MatmulPrecision.BFLOAT16 else 2**-13) * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", Products)
+@pytest.mark.parametrize("kind", MatmulPrecision)
 def test_columns_beyond_what_is_packed_for_the_whole_call(
-    kind: Products, multiply_in: Callable[[Products], None]
+    kind: MatmulPrecision, multiply_in: Callable[[MatmulPrecision], None]
 ) -> None:
     """Documents of more than 16 MiB, of a number that no tile divides, of which guided doc_to_doc sees a part."""
     multiply_in(kind)
@@ -286,7 +273,7 @@ def test_columns_beyond_what_is_packed_for_the_whole_call(
     def guide(rows: int) -> Tensor:  # whose cosines are equal or far apart: no exclusion hangs on a rounding
         return torch.randint(-2, 3, (rows, 8)).float()
 
-    dtype = torch.bfloat16 if kind == Products.BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if kind == MatmulPrecision.BFLOAT16 else torch.float32
     for negatives in (300, 20_000):
         queries, documents = (x.detach() for x in batch(n, dim, dtype))
         columns = [documents, torch.randn(negatives, dim).to(dtype)]
@@ -303,15 +290,17 @@ def test_columns_beyond_what_is_packed_for_the_whole_call(
             results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
         for value, wanted in zip(*results, strict=True):
             # The guide leaves some rows their own document, of similarity 1: its rounding is that of all their logits.
-            limit = {Products.FLOAT32: 1e-4, Products.BFLOAT16X3: 5e-3, Products.BFLOAT16: 1e-2}[kind]
+            limit = {MatmulPrecision.FLOAT32: 1e-4, MatmulPrecision.BFLOAT16X3: 5e-3, MatmulPrecision.BFLOAT16: 1e-2}[
+                kind
+            ]
             assert (value - wanted).norm() <= limit * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", [Products.FLOAT32, Products.BFLOAT16X3])
+@pytest.mark.parametrize("kind", [MatmulPrecision.FLOAT32, MatmulPrecision.BFLOAT16X3])
 @pytest.mark.parametrize("options", [{}, {"directions": ALL_DIRECTIONS, "scale": 100.0}, {"similarity": "dot"}])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0])
 def test_a_bad_row_spoils_what_it_spoils_in_eager_torch(
-    bad: float, options: dict[str, Any], kind: Products, multiply_in: Callable[[Products], None]
+    bad: float, options: dict[str, Any], kind: MatmulPrecision, multiply_in: Callable[[MatmulPrecision], None]
 ) -> None:
     """Rows of NaN, infinities and zeros, among queries or documents: finite where the definition is finite."""
     multiply_in(kind)
@@ -324,14 +313,16 @@ def test_a_bad_row_spoils_what_it_spoils_in_eager_torch(
         for value, wanted in zip(ours, exact, strict=True):
             finite = wanted.isfinite()
             assert value[finite].isfinite().all()
-            rtol = 1e-4 if kind == Products.FLOAT32 else 1e-3
+            rtol = 1e-4 if kind == MatmulPrecision.FLOAT32 else 1e-3
             torch.testing.assert_close(value[finite], wanted[finite], rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [4, 5])
-@pytest.mark.parametrize(("kind", "dtype"), [(Products.FLOAT32, torch.float32), (Products.BFLOAT16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(MatmulPrecision.FLOAT32, torch.float32), (MatmulPrecision.BFLOAT16, torch.bfloat16)]
+)
 def test_a_column_at_minus_infinity_has_a_gradient_of_zero(
-    kind: Products, dtype: torch.dtype, rows: int, multiply_in: Callable[[Products], None]
+    kind: MatmulPrecision, dtype: torch.dtype, rows: int, multiply_in: Callable[[MatmulPrecision], None]
 ) -> None:
     """No row gives it a share, and neither do the zeros that pad an odd number of rows."""
     multiply_in(kind)
@@ -361,13 +352,13 @@ def test_float64_is_left_to_torch_ops() -> None:
         assert contrastive_loss(queries, documents).dtype == torch.float64
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> tuple[Any, ...]:
-    """The arguments that a call hands to the operator."""
+def captured(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> dict[str, Any]:
+    """The arguments that a call hands to the operator, by name."""
     operator, calls = torch.ops.sbert_kernels.contrastive, []
 
-    def spy(*operands: Any) -> Any:
+    def spy(**operands: Any) -> Any:
         calls.append(operands)
-        return operator(*operands)
+        return operator(**operands)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.sbert_kernels, "contrastive", spy)
@@ -387,44 +378,32 @@ def test_the_operator_is_a_good_citizen(monkeypatch: pytest.MonkeyPatch) -> None
         {"all_queries": queries * 1, "directions": ALL_DIRECTIONS, "matryoshka_dims": [2, 6]},
     ):
         arguments = captured(monkeypatch, queries, documents, **options)
-        torch.library.opcheck(torch.ops.sbert_kernels.contrastive.default, arguments, test_utils="test_schema")
+        torch.library.opcheck(torch.ops.sbert_kernels.contrastive.default, (), arguments, test_utils="test_schema")
 
 
 def test_wrong_operands_are_refused_by_the_operator_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Called directly, it must not read memory that is not there."""
     queries, documents = batch(9, 6)
-    arguments = list(captured(monkeypatch, queries, documents))
-    names = [argument.name for argument in torch.ops.sbert_kernels.contrastive.default._schema.arguments]
+    arguments = captured(monkeypatch, queries, documents)
     for name, value, message in (
         ("queries", queries.detach().T, "queries must be a contiguous CPU matrix"),
         ("documents", documents.detach()[:5], "row_offset does not fit"),
         ("documents", documents.detach()[:, :3].contiguous(), "embeddings differ in dimension"),
         ("dims", [7], "dims must ascend from 1 to 6"),
-        ("terms", arguments[names.index("terms")][:-1], "terms is cut short"),
+        ("terms", arguments["terms"][:-1], "terms is cut short"),
+        ("term_layout", "rows_are_queries bool", "these kernels were built for other terms"),
         ("row_offset", -1, "row_offset does not fit"),
         ("document_ids", torch.arange(3), "document_ids must be a contiguous int64 tensor"),
-        ("products", 3, "products must be 0, 1 or 2"),
+        ("precision", 3, "precision must be 0, 1 or 2"),
     ):
-        wrong = [value if key == name else argument for key, argument in zip(names, arguments, strict=True)]
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.sbert_kernels.contrastive(*wrong)
-    arguments[names.index("products")] = Products.BFLOAT16
-    with torch.backends.mkldnn.flags(enabled=False), pytest.raises(RuntimeError, match="products 2 need AVX512-bf16"):
-        torch.ops.sbert_kernels.contrastive(*arguments)
-
-
-def forward_backward(n: int, dim: int, dims: list[int] | None) -> Callable[[], bool]:
-    """Target of the memory meter: warm up on a small batch, then one step of the wanted size."""
-    torch.manual_seed(0)
-    queries, documents = (torch.randn(n, dim, requires_grad=True) for _ in range(2))
-    contrastive_loss(queries[:64], documents[:64], matryoshka_dims=dims, backend="cpu").backward()
-    queries.grad = documents.grad = None
-
-    def step() -> bool:
-        contrastive_loss(queries, documents, matryoshka_dims=dims, backend="cpu").backward()
-        return math.isfinite(queries.grad.sum().item())
-
-    return step
+            torch.ops.sbert_kernels.contrastive(**(arguments | {name: value}))
+    arguments["precision"] = MatmulPrecision.BFLOAT16
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        pytest.raises(RuntimeError, match="matmul precision 2 needs AVX512-bf16"),
+    ):
+        torch.ops.sbert_kernels.contrastive(**arguments)
 
 
 @pytest.mark.parametrize("dims", [None, [16, 32, 64]])
@@ -432,6 +411,6 @@ def test_memory_is_a_block_and_the_gradients(dims: list[int] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB. In float32 there are no copies of the inputs, and in no format of the
     gradients of 3 MiB."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(forward_backward, n, dim, dims)
+    result = harness.run_in_process(memory_step, n, dim, "cpu", dims)
     assert result.value is True
     assert result.peak_extra_bytes < cpu.LARGEST_BLOCK_BYTES + (2 * 3 + 6) * library.MIB

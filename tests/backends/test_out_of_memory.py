@@ -45,7 +45,7 @@ def main() -> None:
     from sbert_kernels import losses
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from conftest import Embedded
+    from support.embedded import Embedded
 
     def room(mebibytes: float | None) -> None:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

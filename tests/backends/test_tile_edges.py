@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sbert_kernels import angle_loss, contrastive_loss, cosent_loss
+from support.gradients import input_gradients
 
 EXAMPLES = int(os.environ.get("TILE_EDGE_EXAMPLES", "15"))
 # Around a vector of 4, 8 and 16 floats, kLanes, kTileColumns and kMaxTileRows of csrc/cpu/tile.h.
@@ -27,11 +28,6 @@ at_edges = settings(
 )
 
 
-def gradients(loss: Any, tensors: list[Tensor]) -> list[Tensor]:
-    value = loss(*tensors)
-    return [value.detach(), *torch.autograd.grad(value, tensors)]
-
-
 def vectors(rows: int, dim: int) -> Tensor:
     """No prefix of them is short: the gradient through a norm would be as large as it is small."""
     return ((torch.rand(rows, dim) + 0.5) * torch.randn(rows, dim).sign()).requires_grad_()
@@ -42,9 +38,10 @@ def check(loss: Any, tensors: list[Tensor], scale: float, unit: float = 1e-6) ->
 
     The last also where the truth is zero by cancellation, as the gradient of one dimension is through its norm.
     """
-    exact = gradients(lambda *t: loss(*t, backend="reference"), [t.detach().double().requires_grad_() for t in tensors])
-    eager = gradients(lambda *t: loss(*t, backend="reference"), tensors)
-    for ours, theirs, truth in zip(gradients(lambda *t: loss(*t, backend="cpu"), tensors), eager, exact, strict=True):
+    exact = input_gradients(lambda *t: loss(*t, backend="reference"), [t.double() for t in tensors])
+    eager = input_gradients(lambda *t: loss(*t, backend="reference"), tensors)
+    found = input_gradients(lambda *t: loss(*t, backend="cpu"), tensors)
+    for ours, theirs, truth in zip(found, eager, exact, strict=True):
         allowed = 8 * (theirs - truth).abs().max() + unit * (scale + truth.abs().max())
         assert (ours - truth).abs().max() <= allowed
 

@@ -13,7 +13,7 @@ from sbert_kernels.benchmarks import accuracy
 
 
 def test_errors_are_those_of_the_formats(tmp_path: Path, compiled: None) -> None:
-    reason = cpu.why_not(cpu.Products.BFLOAT16)
+    reason = cpu.why_not_precision(cpu.MatmulPrecision.BFLOAT16)
     if reason is not None:
         pytest.skip(reason)
     parser = argparse.ArgumentParser()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -14,12 +13,11 @@ import torch
 from sentence_transformers.sentence_transformer import losses as stock
 
 from sbert_kernels.benchmarks import contrastive
+from support.commands import run_command
 
 
 def run(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    contrastive.add_arguments(parser)
-    contrastive.run(parser.parse_args(["--device", "cpu", *options]))
+    run_command(contrastive, "--device", "cpu", *options)
 
 
 def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):

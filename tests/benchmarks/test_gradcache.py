@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import types
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sbert_kernels.benchmarks import gradcache, peers
 from sbert_kernels.demo import data, models
+from support.commands import run_command
 
 SMALL = {"pairs": 10, "length": 32, "mini_batch": 4}
 
@@ -38,9 +38,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, bert: Callable[..., SentenceTransfor
 
 def run(output: Path, *options: str) -> list[dict[str, Any]]:
     """The rows of the report, which is written whether parity fails or not."""
-    parser = argparse.ArgumentParser()
-    gradcache.add_arguments(parser)
-    gradcache.run(parser.parse_args([*options, "--output", str(output)]))
+    run_command(gradcache, *options, "--output", str(output))
     return rows_of(output)
 
 

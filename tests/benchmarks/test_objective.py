@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import types
@@ -17,6 +16,7 @@ from torch import nn
 
 from sbert_kernels.benchmarks import objective, peers
 from sbert_kernels.demo import models
+from support.commands import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None, bert: Callable[.
 
 
 def run(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    objective.add_arguments(parser)
-    objective.run(parser.parse_args(["--quick", *options]))
+    run_command(objective, "--quick", *options)
 
 
 def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):

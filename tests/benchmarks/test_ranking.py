@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -15,14 +14,13 @@ from sentence_transformers.sentence_transformer import losses as stock
 
 from sbert_kernels.benchmarks import ranking
 from sbert_kernels.benchmarks.peers import largest_error
+from support.commands import run_command
 
 MIB = 2**20
 
 
 def run(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    ranking.add_arguments(parser)
-    ranking.run(parser.parse_args(["--device", "cpu", "--quick", *options]))
+    run_command(ranking, "--device", "cpu", "--quick", *options)
 
 
 @pytest.fixture(autouse=True)

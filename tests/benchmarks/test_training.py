@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import types
@@ -15,6 +14,7 @@ from sentence_transformers.sentence_transformer import losses as stock
 from sbert_kernels.benchmarks import training
 from sbert_kernels.benchmarks.steps import PARTS
 from sbert_kernels.demo import training as demo_training
+from support.commands import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, number_pairs: None):
 
 
 def run(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
-    training.run(parser.parse_args(["--quick", *options]))
+    run_command(training, "--quick", *options)
 
 
 def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_process: None):

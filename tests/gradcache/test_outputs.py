@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sbert_kernels import GradCache
+from support.gradcache import parameters
+from support.gradients import value_and_gradients
+from support.numbers import assert_close
 
 ROWS, DIM = 8, 6
 
@@ -74,12 +77,8 @@ def columns_of(widths: Sequence[int] = (4, 9), distinct: int = ROWS) -> list[dic
 
 
 def gradients(loss: Callable[[], Tensor], encoders: Sequence[nn.Module]) -> list[Tensor]:
-    parameters = [p for encoder in encoders for p in encoder.parameters()]
-    for p in parameters:
-        p.grad = None
-    value = loss()
-    value.backward()
-    return [value.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
+    """Returns the value of a loss, and its gradients at every parameter of the encoders."""
+    return value_and_gradients(loss, parameters(encoders))
 
 
 def in_one_piece(loss_fn: Any, encoders: Sequence[nn.Module], columns: Any, encode: Any) -> list[Tensor]:
@@ -92,7 +91,7 @@ packings = pytest.mark.parametrize("options", [{}, {"packing": "none"}, {"unique
 @packings
 @pytest.mark.parametrize("encode", [masked, named])
 @pytest.mark.parametrize("towers", [1, 2])
-def test_tokens_and_their_mask(close: Callable[..., None], encode: Any, towers: int, options: dict[str, Any]) -> None:
+def test_tokens_and_their_mask(encode: Any, towers: int, options: dict[str, Any]) -> None:
     """Every mini-batch has another width; outputs that have no gradient, or that the loss does not read, are let be."""
     encoders = [Tokens(0), Tokens(1)] if towers == 2 else [Tokens(0)] * 2
     columns = columns_of(distinct=5)
@@ -100,9 +99,9 @@ def test_tokens_and_their_mask(close: Callable[..., None], encode: Any, towers: 
     for size in (1, 3, 100):
         for budget in (None, 10**9):
             cache = GradCache(encoders, late, mini_batch_size=size, activation_budget=budget, encode=encode, **options)
-            close(gradients(lambda cache=cache: cache(columns), encoders), expected)
+            assert_close(gradients(lambda cache=cache: cache(columns), encoders), expected)
     with torch.no_grad():
-        close([cache(columns)], expected[:1])
+        assert_close([cache(columns)], expected[:1])
 
 
 @packings
@@ -138,17 +137,17 @@ def one_number(encoder: nn.Module, features: dict[str, Tensor]) -> Tensor:
 
 @packings
 @pytest.mark.parametrize("encode", [heads, one_number])
-def test_other_shapes_are_what_they_are(close: Callable[..., None], encode: Any, options: dict[str, Any]) -> None:
+def test_other_shapes_are_what_they_are(encode: Any, options: dict[str, Any]) -> None:
     def loss_fn(embeddings: list[Tensor]) -> Tensor:
         return sum((rows.flatten(1) if rows.ndim > 1 else rows).square().cumsum(0).sin().mean() for rows in embeddings)
 
     encoder, columns = Tokens(), columns_of((4, 7))
     expected = in_one_piece(loss_fn, [encoder] * 2, columns, encode)
     cache = GradCache(encoder, loss_fn, mini_batch_size=3, encode=encode, **options)
-    close(gradients(lambda: cache(columns), [encoder] * 2), expected)
+    assert_close(gradients(lambda: cache(columns), [encoder] * 2), expected)
 
 
-def test_a_mini_batch_size_for_each_encoder(close: Callable[..., None]) -> None:
+def test_a_mini_batch_size_for_each_encoder() -> None:
     """Rows of the two do not mix then, even if it is one module."""
     shared = Tokens()
     columns = columns_of((5, 5))
@@ -159,7 +158,7 @@ def test_a_mini_batch_size_for_each_encoder(close: Callable[..., None]) -> None:
         for packing in ("length", "none"):
             shared.sizes.clear()
             cache = GradCache([shared, shared], late, packing=packing, activation_budget=0, encode=masked, **options)
-            close(gradients(lambda cache=cache: cache(columns), [shared] * 2), expected)
+            assert_close(gradients(lambda cache=cache: cache(columns), [shared] * 2), expected)
             assert sorted(shared.sizes) == [(2, 5)] * 8 + [(8, 5)] * 2
 
 
@@ -204,7 +203,7 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("wrap", [lambda module: module, Wrapper], ids=["bare", "wrapped"])
-def test_features_are_handed_over_as_forward_takes_them(close: Callable[..., None], wrap: Any) -> None:
+def test_features_are_handed_over_as_forward_takes_them(wrap: Any) -> None:
     """By name where each has an argument, else as one dictionary."""
 
     def loss_fn(embeddings: list[Tensor]) -> Tensor:
@@ -214,7 +213,7 @@ def test_features_are_handed_over_as_forward_takes_them(close: Callable[..., Non
     for encoder in (Tokens(), ByDictionary()):
         cache = GradCache(wrap(encoder), loss_fn, mini_batch_size=3)
         results.append(gradients(lambda cache=cache: cache(columns), [encoder]))
-    close(*results)
+    assert_close(*results)
 
 
 def test_a_model_of_transformers_is_told_what_to_write() -> None:

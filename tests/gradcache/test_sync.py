@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbert_kernels import GradCache, losses
+from support.numbers import assert_close
 
 VOCABULARY, LONGEST, COLUMNS = 200, 24, 4
 SIZES = (32, 3)
@@ -347,11 +348,11 @@ def expected(models: Any) -> Callable[[str], list[dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_gradients_are_those_of_one_process(ranks: Any, expected: Any, close: Any, name: str, size: int) -> None:
+def test_gradients_are_those_of_one_process(ranks: Any, expected: Any, name: str, size: int) -> None:
     for steps in steps_of(ranks, name, size):
         for step, gradients in zip(steps, expected(name), strict=True):
             assert step["gradients"].keys() == gradients.keys()
-            close(list(step["gradients"].values()), list(gradients.values()))
+            assert_close(list(step["gradients"].values()), list(gradients.values()))
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in SHARDED])

@@ -7,7 +7,6 @@ import inspect
 import logging
 import pickle
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,11 @@ from torch import Tensor, nn
 
 import sbert_kernels
 from sbert_kernels import losses, use_backend
+from support.gradients import step
+from support.numbers import assert_close
+from support.texts import text_features
 
 LABELS = torch.tensor([0.2, 0.9, 0.5, 0.5, 0.0, 1.0, 0.9], dtype=torch.float64)
-Step = Callable[..., list[Tensor]]
-
-
-def step(loss: nn.Module, features: list[dict[str, Tensor]], labels: Tensor | None = LABELS) -> list[Tensor]:
-    """The loss and the gradients of all that is learnable."""
-    loss.zero_grad()
-    value = loss([dict(column) for column in features], labels)
-    value.backward()
-    return [value.detach(), *(p.grad.clone() for p in loss.parameters() if p.grad is not None)]
 
 
 def embeddings(columns: int = 2, rows: int = 7, dim: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -40,7 +33,8 @@ def embeddings(columns: int = 2, rows: int = 7, dim: int = 6, dtype: torch.dtype
     return [torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(dtype) for _ in range(columns)]
 
 
-def gradients(loss: nn.Module, columns: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+def gradients(loss: nn.Module, columns: list[Tensor], labels: Tensor | None) -> list[Tensor | None]:
+    """Returns the value of a loss that has no model, and its gradients, None for columns that it ignores."""
     leaves = [column.clone().requires_grad_() for column in columns]
     value = loss.compute_loss_from_embeddings(leaves, labels)
     value.backward()
@@ -62,19 +56,19 @@ class Scaled:
 
 
 @pytest.mark.parametrize("name", ["CoSENTLoss", "AnglELoss"])
-def test_equals_stock_on_a_model(bert: Any, texts: Any, close: Any, name: str) -> None:
+def test_equals_stock_on_a_model(bert: Any, name: str) -> None:
     model = bert()
-    features = texts(model)
-    expected = step(getattr(stock, name)(model), features)
-    close(step(getattr(losses, name)(model), features), expected)
+    features = text_features(model)
+    expected = step(getattr(stock, name)(model), features, LABELS)
+    assert_close(step(getattr(losses, name)(model), features, LABELS), expected)
 
 
 @pytest.mark.parametrize("labels", [None, LABELS, LABELS[:, None]], ids=["ones", "vector", "column"])
 @pytest.mark.parametrize("columns", [3, 5])
-def test_angle_of_tuples_equals_stock(close: Any, columns: int, labels: Tensor | None) -> None:
+def test_angle_of_tuples_equals_stock(columns: int, labels: Tensor | None) -> None:
     vector = None if labels is None else labels.flatten()  # stock before 6.2 takes no column
     expected = gradients(stock.AnglELoss(None), embeddings(columns), vector)
-    close(gradients(losses.AnglELoss(None), embeddings(columns), labels), expected)
+    assert_close(gradients(losses.AnglELoss(None), embeddings(columns), labels), expected)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +82,11 @@ def test_angle_of_tuples_equals_stock(close: Any, columns: int, labels: Tensor |
         cosine_plus_one,
     ],
 )
-def test_every_similarity_is_ranked(close: Any, caplog: pytest.LogCaptureFixture, similarity_fct: Any) -> None:
+def test_every_similarity_is_ranked(caplog: pytest.LogCaptureFixture, similarity_fct: Any) -> None:
     """By the operation; scores of a function that it does not know come from that function, which is logged."""
     caplog.set_level(logging.INFO)
     ours = losses.CoSENTLoss(None, scale=3.0, similarity_fct=similarity_fct)
-    close(
+    assert_close(
         gradients(ours, embeddings(), LABELS),
         gradients(stock.CoSENTLoss(None, scale=3.0, similarity_fct=similarity_fct), embeddings(), LABELS),
     )
@@ -102,7 +96,7 @@ def test_every_similarity_is_ranked(close: Any, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize(("name", "function"), [("cosine", "pairwise_cos_sim"), ("dot", "pairwise_dot_score")])
 def test_the_models_own_similarity_is_known(
-    bert: Any, close: Any, caplog: pytest.LogCaptureFixture, name: str, function: str
+    bert: Any, caplog: pytest.LogCaptureFixture, name: str, function: str
 ) -> None:
     """As it is when the loss is computed."""
     caplog.set_level(logging.INFO)
@@ -110,13 +104,13 @@ def test_the_models_own_similarity_is_known(
     loss = losses.CoSENTLoss(model, 3.0, model.similarity_pairwise)
     model.similarity_fn_name = name
     expected = gradients(stock.CoSENTLoss(None, 3.0, getattr(util, function)), embeddings(), LABELS)
-    close(gradients(loss, embeddings(), LABELS), expected)
+    assert_close(gradients(loss, embeddings(), LABELS), expected)
     assert "not known" not in caplog.text
 
 
-def test_a_similarity_without_a_hash_is_ranked(close: Any) -> None:
+def test_a_similarity_without_a_hash_is_ranked() -> None:
     ours, theirs = (module.CoSENTLoss(None, similarity_fct=Scaled(0.5)) for module in (losses, stock))
-    close(gradients(ours, embeddings(), LABELS), gradients(theirs, embeddings(), LABELS))
+    assert_close(gradients(ours, embeddings(), LABELS), gradients(theirs, embeddings(), LABELS))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +118,8 @@ def test_a_similarity_without_a_hash_is_ranked(close: Any) -> None:
     [LABELS > 0.4, *((LABELS * 10).to(t) for t in (torch.int32, torch.uint8, torch.float16, torch.bfloat16))],
     ids=lambda labels: str(labels.dtype),
 )
-def test_labels_of_every_type(close: Any, labels: Tensor) -> None:
-    close(
+def test_labels_of_every_type(labels: Tensor) -> None:
+    assert_close(
         gradients(losses.CoSENTLoss(None), embeddings(), labels),
         gradients(stock.CoSENTLoss(None), embeddings(), labels.double()),
     )
@@ -139,10 +133,10 @@ def test_half_precision_gives_a_float32_loss(dtype: torch.dtype) -> None:
         assert all(gradient.dtype == dtype for gradient in flow)
 
 
-def test_the_loss_is_float32_under_autocast(bert: Any, texts: Any) -> None:
+def test_the_loss_is_float32_under_autocast(bert: Any) -> None:
     model = bert(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        value = losses.CoSENTLoss(model)(texts(model), LABELS)
+        value = losses.CoSENTLoss(model)(text_features(model), LABELS)
     assert value.dtype == torch.float32
 
 
@@ -174,10 +168,10 @@ def test_new_options_show_in_the_configuration() -> None:
     }
 
 
-def test_attributes_may_be_set_later(close: Any) -> None:
+def test_attributes_may_be_set_later() -> None:
     ours, theirs = losses.CoSENTLoss(None), stock.CoSENTLoss(None, 5, util.pairwise_dot_score)
     ours.scale, ours.similarity_fct = 5, util.pairwise_dot_score
-    close(gradients(ours, embeddings(), LABELS), gradients(theirs, embeddings(), LABELS))
+    assert_close(gradients(ours, embeddings(), LABELS), gradients(theirs, embeddings(), LABELS))
 
 
 @pytest.mark.parametrize("cls", [losses.CoSENTLoss, losses.AnglELoss, losses.CachedCoSENTLoss, losses.CachedAnglELoss])
@@ -193,21 +187,14 @@ def test_wrong_labels_are_refused(cls: type[nn.Module]) -> None:
         cls(None).compute_loss_from_embeddings(embeddings(), torch.where(LABELS == 1.0, torch.nan, LABELS))
 
 
-def test_columns_that_stock_ignores_are_named(caplog: pytest.LogCaptureFixture, close: Any) -> None:
+def test_columns_that_stock_ignores_are_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    value, *flow = gradients_or_none(losses.CoSENTLoss(None), embeddings(3))
-    expected, *known = gradients_or_none(stock.CoSENTLoss(None), embeddings(3))
+    value, *flow = gradients(losses.CoSENTLoss(None), embeddings(3), LABELS)
+    expected, *known = gradients(stock.CoSENTLoss(None), embeddings(3), LABELS)
     assert flow[2] is None
     assert known[2] is None
-    close([value, *flow[:2]], [expected, *known[:2]])
+    assert_close([value, *flow[:2]], [expected, *known[:2]])
     assert "the first 2 columns of 3" in caplog.text
-
-
-def gradients_or_none(loss: nn.Module, columns: list[Tensor]) -> list[Tensor | None]:
-    leaves = [column.clone().requires_grad_() for column in columns]
-    value = loss.compute_loss_from_embeddings(leaves, LABELS)
-    value.backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def test_disabled_is_stock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -226,17 +213,17 @@ def test_disabled_is_stock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
-def test_an_explicit_backend_serves(close: Any, backend: str) -> None:
+def test_an_explicit_backend_serves(backend: str) -> None:
     with use_backend(backend):
         got = gradients(losses.AnglELoss(None), embeddings(3), LABELS)
-    close(got, gradients(stock.AnglELoss(None), embeddings(3), LABELS))
+    assert_close(got, gradients(stock.AnglELoss(None), embeddings(3), LABELS))
 
 
 @pytest.mark.parametrize("cls", [losses.CoSENTLoss, losses.CachedCoSENTLoss, losses.AnglELoss, losses.CachedAnglELoss])
-def test_a_learnable_scale_gets_its_gradient(bert: Any, texts: Any, cls: type[nn.Module]) -> None:
+def test_a_learnable_scale_gets_its_gradient(bert: Any, cls: type[nn.Module]) -> None:
     """Through whatever multiplies the loss, cached or not, as finite differences have it."""
     model = bert()
-    features = texts(model)
+    features = text_features(model)
 
     def value(number: float) -> Tensor:
         with torch.no_grad():
@@ -250,10 +237,10 @@ def test_a_learnable_scale_gets_its_gradient(bert: Any, texts: Any, cls: type[nn
 
 @pytest.mark.parametrize("wrapper", [stock.MatryoshkaLoss, losses.MatryoshkaLoss])
 @pytest.mark.parametrize("cls", [losses.AnglELoss, losses.CachedAnglELoss])
-def test_a_learnable_scale_inside_matryoshka(bert: Any, texts: Any, wrapper: Any, cls: type[nn.Module]) -> None:
+def test_a_learnable_scale_inside_matryoshka(bert: Any, wrapper: Any, cls: type[nn.Module]) -> None:
     """Gets the gradients of all the prefixes, each with its weight, through whatever multiplies the loss."""
     model = bert()
-    features = texts(model, columns=3)
+    features = text_features(model, columns=3)
 
     def value(number: float) -> Tensor:
         inner = losses.AnglELoss(model, scale=number)
@@ -271,28 +258,26 @@ def test_a_learnable_scale_inside_matryoshka(bert: Any, texts: Any, wrapper: Any
     ("cached", "plain", "columns"),
     [("CachedCoSENTLoss", "CoSENTLoss", 2), ("CachedAnglELoss", "AnglELoss", 2), ("CachedAnglELoss", "AnglELoss", 3)],
 )
-def test_cached_equals_plain(
-    bert: Any, texts: Any, close: Any, cached: str, plain: str, columns: int, mini_batch_size: int
-) -> None:
+def test_cached_equals_plain(bert: Any, cached: str, plain: str, columns: int, mini_batch_size: int) -> None:
     model = bert()
-    features = texts(model, columns=columns)
-    expected = step(getattr(stock, plain)(model), features)
+    features = text_features(model, columns=columns)
+    expected = step(getattr(stock, plain)(model), features, LABELS)
     loss = getattr(losses, cached)(model, mini_batch_size=mini_batch_size)
-    close(step(loss, features), expected, replayed=True)
+    assert_close(step(loss, features, LABELS), expected, replayed=True)
     with torch.no_grad():
         torch.testing.assert_close(loss(features, LABELS), expected[0])
 
 
-def test_cached_gradients_take_a_factor_and_add_up(bert: Any, texts: Any, close: Any) -> None:
+def test_cached_gradients_take_a_factor_and_add_up(bert: Any) -> None:
     """A gradient scaler multiplies the loss, accumulation adds backward passes."""
     model = bert()
-    features = texts(model)
-    once = step(losses.CachedCoSENTLoss(model, mini_batch_size=3), features)
+    features = text_features(model)
+    once = step(losses.CachedCoSENTLoss(model, mini_batch_size=3), features, LABELS)
     loss = losses.CachedCoSENTLoss(model, mini_batch_size=3)
     loss.zero_grad()
     for factor in (1024.0, 0.5):
         (factor * loss([dict(column) for column in features], LABELS)).backward()
-    close(
+    assert_close(
         [p.grad for p in loss.parameters() if p.grad is not None],
         [1024.5 * gradient for gradient in once[1:]],
         replayed=True,
@@ -301,13 +286,15 @@ def test_cached_gradients_take_a_factor_and_add_up(bert: Any, texts: Any, close:
 
 @pytest.mark.parametrize("name", ["CoSENTLoss", "AnglELoss"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_matryoshka_around(bert: Any, texts: Any, close: Any, name: str, cached: bool) -> None:
+def test_matryoshka_around(bert: Any, name: str, cached: bool) -> None:
     model = bert()
-    features = texts(model)
-    expected = step(stock.MatryoshkaLoss(model, getattr(stock, name)(model), [32, 12], [1.0, 0.3]), features)
+    features = text_features(model)
+    expected = step(stock.MatryoshkaLoss(model, getattr(stock, name)(model), [32, 12], [1.0, 0.3]), features, LABELS)
     for module in (stock, losses):
         inner = getattr(losses, f"Cached{name}" if cached else name)(model)
-        close(step(module.MatryoshkaLoss(model, inner, [32, 12], [1.0, 0.3]), features), expected, replayed=cached)
+        assert_close(
+            step(module.MatryoshkaLoss(model, inner, [32, 12], [1.0, 0.3]), features, LABELS), expected, replayed=cached
+        )
 
 
 @pytest.mark.parametrize(("name", "columns"), [("CoSENTLoss", 2), ("AnglELoss", 2), ("AnglELoss", 3)])
@@ -317,11 +304,11 @@ def test_matryoshka_around(bert: Any, texts: Any, close: Any, name: str, cached:
 )
 @pytest.mark.parametrize("patched", [False, True])
 def test_layer_wrappers_around(
-    bert: Any, texts: Any, close: Any, wrapper: str, options: dict[str, Any], name: str, columns: int, patched: bool
+    bert: Any, wrapper: str, options: dict[str, Any], name: str, columns: int, patched: bool
 ) -> None:
     """They run the loss once a layer, on what they put into the features; patched, they and the loss are looked up."""
     model = bert()
-    features = texts(model, columns=columns)
+    features = text_features(model, columns=columns)
     labels = LABELS if columns == 2 else None
 
     def run(module: Any) -> list[Tensor]:
@@ -331,17 +318,17 @@ def test_layer_wrappers_around(
     expected = run(stock)
     if patched:
         with sbert_kernels.patch():
-            close(run(stock), expected)
+            assert_close(run(stock), expected)
     else:
-        close(run(losses), expected)
+        assert_close(run(losses), expected)
 
 
 @pytest.mark.parametrize("name", ["SparseCoSENTLoss", "SparseAnglELoss"])
-def test_sparse_losses_equal_stock(close: Any, name: str) -> None:
+def test_sparse_losses_equal_stock(name: str) -> None:
     columns = [torch.relu(column - 0.5) for column in embeddings(dim=40)]
     model = nn.Identity()
     ours, theirs = getattr(losses, name)(model), getattr(sparse, name)(model)
-    close(gradients(ours, columns, LABELS), gradients(theirs, columns, LABELS))
+    assert_close(gradients(ours, columns, LABELS), gradients(theirs, columns, LABELS))
     with pytest.raises(AttributeError, match="should not be used alone"):
         ours([{}], LABELS)
 

@@ -13,22 +13,13 @@ from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
 from sbert_kernels import losses
+from support.contrastive import ALL_DIRECTIONS
+from support.embedded import Embedded
+from support.gradients import embedding_gradients
+from support.numbers import assert_close
 
-WORLD, ROWS = 2, 5
+WORLD, ROWS, DIM = 2, 5, 6
 STEPS = ("closure", "after an exception", "inside FSDP")
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-
-
-class Embedded(nn.Sequential):
-    def __init__(self, key: str) -> None:
-        super().__init__(nn.Identity())
-        self.key = key
-
-    def get_embedding_dimension(self) -> int:
-        return 6
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"sentence_embedding": features[self.key]}
 
 
 def union() -> list[dict[str, Tensor]]:
@@ -37,7 +28,7 @@ def union() -> list[dict[str, Tensor]]:
     rows = WORLD * ROWS
     return [
         {
-            "embedding": torch.randn(rows, 6, generator=generator, dtype=torch.float64),
+            "embedding": torch.randn(rows, DIM, generator=generator, dtype=torch.float64),
             "guide": torch.randn(rows, 4, generator=generator, dtype=torch.float64),
             "input_ids": torch.randint(0, 4, (rows, 1), generator=generator),
         }
@@ -45,10 +36,15 @@ def union() -> list[dict[str, Tensor]]:
     ]
 
 
+def rows_of(columns: list[dict[str, Tensor]], rows: slice) -> list[dict[str, Tensor]]:
+    """Returns these rows of every feature of every column."""
+    return [{key: value[rows] for key, value in column.items()} for column in columns]
+
+
 def gist(module: Any, gather: bool) -> nn.Module:
     loss = module.GISTEmbedLoss.__new__(module.GISTEmbedLoss)
     nn.Module.__init__(loss)
-    loss.model, loss.guide = Embedded("embedding"), Embedded("guide")
+    loss.model, loss.guide = Embedded(dimension=DIM), Embedded("guide", dimension=DIM)
     loss.temperature, loss.margin, loss.margin_strategy = 0.1, 0.1, "absolute"
     loss.contrast_anchors, loss.contrast_positives, loss.must_retokenize = False, True, False
     loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()
@@ -58,7 +54,7 @@ def gist(module: Any, gather: bool) -> nn.Module:
 
 def plain(module: Any, gather: bool, **options: Any) -> nn.Module:
     return module.MultipleNegativesRankingLoss(
-        Embedded("embedding"), gather_across_devices=gather, directions=ALL_DIRECTIONS, **options
+        Embedded(dimension=DIM), gather_across_devices=gather, directions=ALL_DIRECTIONS, **options
     )
 
 
@@ -79,19 +75,15 @@ class Total(nn.Module):
 
 def objective(gather: bool) -> nn.Module:
     """AnglE's three terms, on triplets."""
-    return Total(losses.AnglEObjective(Embedded("embedding"), gather_across_devices=gather))
-
-
-def run(loss: nn.Module, columns: list[dict[str, Tensor]]) -> list[Tensor]:
-    features = [{**column, "embedding": column["embedding"].clone().requires_grad_()} for column in columns]
-    value = loss(features, None)
-    value.backward()
-    return [value.detach(), *(column["embedding"].grad for column in features)]
+    return Total(losses.AnglEObjective(Embedded(dimension=DIM), gather_across_devices=gather))
 
 
 def cached(gather: bool, columns: list[dict[str, Tensor]], mini_batch_size: int) -> list[Tensor]:
     loss = losses.CachedMultipleNegativesRankingLoss(
-        Embedded("embedding"), gather_across_devices=gather, directions=ALL_DIRECTIONS, mini_batch_size=mini_batch_size
+        Embedded(dimension=DIM),
+        gather_across_devices=gather,
+        directions=ALL_DIRECTIONS,
+        mini_batch_size=mini_batch_size,
     )
     reps = [[x.clone().requires_grad_() for x in column["embedding"].split(mini_batch_size)] for column in columns]
     value = loss.calculate_loss(reps, with_backward=True)
@@ -102,7 +94,7 @@ def several_losses(rank: int, mine: list[dict[str, Tensor]]) -> list[Tensor | No
     """Gradients of the scales of three losses after a step in which each rank ran one of its own, and none the last."""
     scales = [nn.Parameter(torch.tensor([9.0], dtype=torch.float64)) for _ in range(3)]
     of_data_sets = [plain(losses, False, scale=scale) for scale in scales]
-    run(of_data_sets[rank], mine)
+    embedding_gradients(of_data_sets[rank], mine)
     torch.optim.SGD([scales[2], scales[0], scales[1]], lr=0.0).step()
     return [scale.grad for scale in scales]
 
@@ -113,7 +105,7 @@ def sharded_optimizer(mine: list[dict[str, Tensor]]) -> list[Tensor]:
 
     scales = [nn.Parameter(torch.tensor([9.0], dtype=torch.float64)) for _ in range(2)]
     for loss in [plain(losses, False, scale=scale) for scale in scales]:
-        run(loss, mine)
+        embedding_gradients(loss, mine)
     ZeroRedundancyOptimizer(scales, torch.optim.SGD, lr=0.0).step()
     return [scale.grad for scale in scales]
 
@@ -127,18 +119,18 @@ def after_a_step(rank: int, mine: list[dict[str, Tensor]], case: str) -> Tensor:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            run(loss, mine)
+            embedding_gradients(loss, mine)
             return torch.zeros(())
 
         optimizer.step(closure)
     elif case == "after an exception":  # a step that ran out of memory, and the next try
         broken = torch.optim.SGD([scale], lr=1.0)
-        run(loss, mine)
+        embedding_gradients(loss, mine)
         broken.param_groups[0]["lr"] = "none"
         with pytest.raises(TypeError):
             broken.step()
         scale.grad = None
-        run(loss, mine)
+        embedding_gradients(loss, mine)
         optimizer.step()
     else:  # FSDP has the loss inside, and averages itself
         from torch.distributed.device_mesh import init_device_mesh
@@ -159,13 +151,13 @@ def refusals(rank: int, mine: list[dict[str, Tensor]]) -> list[str]:
     heard = []
     for attempt in (
         lambda: (
-            run(plain(losses, True), mine)
+            embedding_gradients(plain(losses, True), mine)
             if rank
-            else losses.CoSENTLoss(Embedded("embedding"), gather_across_devices=True).rank_scores(scores, scores)
+            else losses.CoSENTLoss(Embedded(dimension=DIM), gather_across_devices=True).rank_scores(scores, scores)
         ),
-        lambda: run(plain(losses, True) if rank else gist(losses, True), mine),
-        lambda: run(plain(losses, True), mine[: 2 + rank]),
-        lambda: run(plain(losses, True), [{k: v[: 4 + rank] for k, v in column.items()} for column in mine]),
+        lambda: embedding_gradients(plain(losses, True) if rank else gist(losses, True), mine),
+        lambda: embedding_gradients(plain(losses, True), mine[: 2 + rank]),
+        lambda: embedding_gradients(plain(losses, True), rows_of(mine, slice(4 + rank))),
     ):
         try:
             attempt()
@@ -177,30 +169,30 @@ def refusals(rank: int, mine: list[dict[str, Tensor]]) -> list[str]:
 def worker(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    mine = [{k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in column.items()} for column in union()]
+    mine = rows_of(union(), slice(rank * ROWS, (rank + 1) * ROWS))
     counted: list[int] = []
     original = torch.distributed.nn.all_gather
     torch.distributed.nn.all_gather = lambda *a, **k: counted.append(1) or original(*a, **k)
     results = {
-        "plain": run(plain(losses, True), mine),
-        "plain stock": run(plain(stock, True), mine),
-        "mask": run(plain(losses, True, duplicates="mask"), mine),
-        "gist": run(gist(losses, True), mine),
-        "gist stock": run(gist(stock, True), mine),
-        "matryoshka": run(matryoshka(losses, plain(losses, True)), mine),
-        "matryoshka gist": run(matryoshka(losses, gist(losses, True)), mine),
-        "matryoshka gist stock": run(matryoshka(stock, gist(stock, True)), mine),
-        "objective": run(objective(True), mine),
-        "matryoshka stock": run(matryoshka(stock, plain(stock, True)), mine),
+        "plain": embedding_gradients(plain(losses, True), mine),
+        "plain stock": embedding_gradients(plain(stock, True), mine),
+        "mask": embedding_gradients(plain(losses, True, duplicates="mask"), mine),
+        "gist": embedding_gradients(gist(losses, True), mine),
+        "gist stock": embedding_gradients(gist(stock, True), mine),
+        "matryoshka": embedding_gradients(matryoshka(losses, plain(losses, True)), mine),
+        "matryoshka gist": embedding_gradients(matryoshka(losses, gist(losses, True)), mine),
+        "matryoshka gist stock": embedding_gradients(matryoshka(stock, gist(stock, True)), mine),
+        "objective": embedding_gradients(objective(True), mine),
+        "matryoshka stock": embedding_gradients(matryoshka(stock, plain(stock, True)), mine),
     }
     for name, gather in (("scale gathered", True), ("scale alone", False)):
         loss = plain(losses, gather, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
-        run(loss, mine)
+        embedding_gradients(loss, mine)
         results[f"{name}, own"] = [loss.scale.grad.clone()]
         torch.optim.SGD([loss.scale], lr=0.0).step()
         results[name] = [loss.scale.grad]
     scale = nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
-    loss = losses.CachedMultipleNegativesRankingLoss(Embedded("embedding"), scale, gather_across_devices=True)
+    loss = losses.CachedMultipleNegativesRankingLoss(Embedded(dimension=DIM), scale, gather_across_devices=True)
     value = loss.calculate_loss([[column["embedding"].clone().requires_grad_()] for column in mine], with_backward=True)
     value.backward()
     torch.optim.SGD([scale], lr=0.0).step()
@@ -231,20 +223,21 @@ def union_of(ranks: Any, name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["plain", "cached 1", "cached 5", "mask", "gist", "matryoshka", "objective"])
-def test_two_ranks_equal_the_union(ranks: Any, close: Any, name: str) -> None:
+def test_two_ranks_equal_the_union(ranks: Any, name: str) -> None:
     losses_of = {
         "mask": lambda: plain(losses, False, duplicates="mask"),
         "gist": lambda: gist(stock, False),
         "objective": lambda: objective(False),
         "matryoshka": lambda: matryoshka(stock, plain(stock, False)),
     }
-    close(union_of(ranks, name), run(losses_of.get(name, lambda: plain(stock, False))(), union()))
+    loss = losses_of.get(name, lambda: plain(stock, False))()
+    assert_close(union_of(ranks, name), embedding_gradients(loss, union()))
 
 
 @pytest.mark.parametrize("name", ["plain", "gist", "matryoshka", "matryoshka gist"])
-def test_each_rank_equals_stock_on_that_rank(ranks: Any, close: Any, name: str) -> None:
+def test_each_rank_equals_stock_on_that_rank(ranks: Any, name: str) -> None:
     for results, _ in ranks:
-        close(results[name], results[f"{name} stock"])
+        assert_close(results[name], results[f"{name} stock"])
 
 
 @pytest.mark.parametrize("name", ["scale gathered", "scale alone", "scale cached"])
@@ -260,7 +253,7 @@ def test_a_learnable_scale_gets_the_same_gradient_on_every_rank(ranks: Any, name
         torch.testing.assert_close(first, sum(own) / WORLD)
     if name == "scale gathered":
         loss = plain(losses, False, scale=nn.Parameter(torch.tensor(9.0, dtype=torch.float64)))
-        run(loss, union())
+        embedding_gradients(loss, union())
         torch.testing.assert_close(first, loss.scale.grad)
 
 
@@ -269,7 +262,7 @@ def test_losses_that_ranks_ran_by_turns_are_averaged_with_zeros(ranks: Any) -> N
     expected = []
     for rank in range(WORLD):
         loss = plain(losses, False, scale=nn.Parameter(torch.tensor([9.0], dtype=torch.float64)))
-        run(loss, [{k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in column.items()} for column in union()])
+        embedding_gradients(loss, rows_of(union(), slice(rank * ROWS, (rank + 1) * ROWS)))
         expected.append(loss.scale.grad / WORLD)
     for results, _ in ranks:
         torch.testing.assert_close(results["several losses"], [*expected, None])

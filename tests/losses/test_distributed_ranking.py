@@ -16,6 +16,8 @@ from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
 from sbert_kernels import losses, ranking_loss
+from support.gradients import step
+from support.numbers import assert_close
 
 # Of each rank; stock's gradient cache, which embeds no batch without rows, gets some everywhere.
 ROWS, CACHED_ROWS = (5, 0, 8), (5, 3, 8)
@@ -74,9 +76,8 @@ DISAGREEMENTS = {
 
 
 def run(loss: nn.Module, features: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-    value = loss([{"embedding": column} for column in features], labels)
-    value.backward()
-    return [value.detach(), *(parameter.grad for parameter in loss.parameters())]
+    """Returns the value of a loss, and the gradients of its parameters and of its model's."""
+    return step(loss, [{"embedding": column} for column in features], labels)
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -157,15 +158,15 @@ def ranks(request: pytest.FixtureRequest, run_ranks: Callable[..., list[Any]]) -
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_ranks_equal_the_union(ranks: list[dict[str, Any]], close: Any, name: str) -> None:
+def test_the_ranks_equal_the_union(ranks: list[dict[str, Any]], name: str) -> None:
     """The loss on each rank, and the mean of the gradients over the ranks, as data-parallel training takes it."""
     make, columns, labelled = CASES[name]
     features, labels = union(len(ranks), name)
     expected = run(make(stock), features[:columns], labels if labelled else None)
     for results in ranks:
-        close(results[name][:1], expected[:1])
+        assert_close(results[name][:1], expected[:1])
     mean = [torch.stack(parts).mean(dim=0) for parts in zip(*(results[name] for results in ranks), strict=True)]
-    close(mean, expected, replayed=name.startswith("cached"))
+    assert_close(mean, expected, replayed=name.startswith("cached"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -176,28 +177,28 @@ def test_two_numbers_a_pair_travel(ranks: list[dict[str, Any]], name: str) -> No
         assert results[f"{name} travelled"] == [5, 2 * pairs]
 
 
-def test_the_operation_gathers_weights_and_keeps_the_scale_its_own(ranks: list[dict[str, Any]], close: Any) -> None:
+def test_the_operation_gathers_weights_and_keeps_the_scale_its_own(ranks: list[dict[str, Any]]) -> None:
     (scores, other, _), labels = union(len(ranks))
     leaves = [scores[:, 0].clone(), other[:, 0].exp(), torch.tensor(7.0, dtype=torch.float64)]
     values, weights, scale = (leaf.requires_grad_() for leaf in leaves)
     value = ranking_loss(values, labels, weights=weights, scale=scale)
     value.backward()
     for index, leaf in ((1, values), (2, weights)):
-        close([torch.cat([results["operation"][index] for results in ranks]) / len(ranks)], [leaf.grad])
+        assert_close([torch.cat([results["operation"][index] for results in ranks]) / len(ranks)], [leaf.grad])
     for results in ranks:
-        close([results["operation"][0], results["operation"][3]], [value.detach(), scale.grad])
+        assert_close([results["operation"][0], results["operation"][3]], [value.detach(), scale.grad])
 
 
-def test_large_integers_stay_what_they_are(ranks: list[dict[str, Any]], close: Any) -> None:
+def test_large_integers_stay_what_they_are(ranks: list[dict[str, Any]]) -> None:
     (scores, _, _), labels = union(len(ranks))
     for results in ranks:
-        close(results["integers"], [ranking_loss(scores[:, 0], labels)])
+        assert_close(results["integers"], [ranking_loss(scores[:, 0], labels)])
 
 
-def test_booleans_are_labels(ranks: list[dict[str, Any]], close: Any) -> None:
+def test_booleans_are_labels(ranks: list[dict[str, Any]]) -> None:
     (scores, _, _), labels = union(len(ranks))
     for results in ranks:
-        close(results["booleans"], [ranking_loss(scores[:, 0], labels > 0.4)])
+        assert_close(results["booleans"], [ranking_loss(scores[:, 0], labels > 0.4)])
 
 
 def scale_gradient(features: list[Tensor], labels: Tensor) -> Tensor:
@@ -207,19 +208,19 @@ def scale_gradient(features: list[Tensor], labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["scale", "cached scale"])
-def test_a_learnable_scale_has_the_gradient_of_the_union_on_every_rank(ranks: Any, close: Any, name: str) -> None:
+def test_a_learnable_scale_has_the_gradient_of_the_union_on_every_rank(ranks: Any, name: str) -> None:
     expected = scale_gradient(*union(len(ranks), name))
     for results in ranks:
-        close(results[name], [expected])
+        assert_close(results[name], [expected])
 
 
-def test_a_learnable_scale_is_averaged_without_gathering(ranks: Any, close: Any) -> None:
+def test_a_learnable_scale_is_averaged_without_gathering(ranks: Any) -> None:
     """Also where a rank has no pair: it takes part with a gradient of zero."""
     features, labels = union(len(ranks))
     parts = zip(*(column.split(rows_of(len(ranks))) for column in (*features, labels)), strict=True)
     expected = torch.stack([scale_gradient(list(columns), own) for *columns, own in parts]).mean()
     for results in ranks:
-        close(results["scale alone"], [expected])
+        assert_close(results["scale alone"], [expected])
 
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
@@ -238,9 +239,9 @@ def test_every_rank_learns_what_is_wrong(ranks: list[dict[str, Any]]) -> None:
         assert "labels: torch.uint64" in results["unsigned"]
 
 
-def test_without_a_process_group_it_changes_nothing(close: Any) -> None:
+def test_without_a_process_group_it_changes_nothing() -> None:
     features, labels = union(2)
-    close(
+    assert_close(
         run(losses.CoSENTLoss(Linear(), gather_across_devices=True), features[:2], labels),
         run(losses.CoSENTLoss(Linear()), features[:2], labels),
     )

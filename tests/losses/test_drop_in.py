@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sbert_kernels import losses, patch, unpatch
 from sbert_kernels.losses._drop_in import DropIn
+from support.numbers import assert_close
 
 
 def learned(value: float = 20.0) -> nn.Parameter:
@@ -143,7 +144,7 @@ def test_a_part_counts_that_was_put_in_later_or_is_pickled_first() -> None:
     assert [type(part) for part in loaded.losses.values()] == [losses.CoSENTLoss, losses.MultipleNegativesRankingLoss]
 
 
-def test_the_numbers_are_the_same(bert: Callable[..., Any], close: Callable[..., None]) -> None:
+def test_the_numbers_are_the_same(bert: Callable[..., Any]) -> None:
     """Loss and gradients, that of the learned scale as well: stock's differ in both."""
     model = bert()
     columns = (["how tall is it", "who wrote this", "how tall is it"], ["the height", "the author", "the height"])
@@ -158,7 +159,7 @@ def test_the_numbers_are_the_same(bert: Callable[..., Any], close: Callable[...,
     options = {"scale": learned(), "mini_batch_size": 2}
     loss = stock.CachedMultipleNegativesRankingLoss(model, duplicates="mask", **options)
     expected = run(loss)
-    close(run(elsewhere(pickle.dumps(loss))), expected)
+    assert_close(run(elsewhere(pickle.dumps(loss))), expected)
     theirs = run(stock.CachedMultipleNegativesRankingLoss(model, **options))
     assert not torch.isclose(theirs[0], expected[0])
 

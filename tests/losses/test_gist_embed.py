@@ -15,6 +15,10 @@ from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
 from sbert_kernels import losses, use_backend
+from support.embedded import Embedded
+from support.gradients import embedding_gradients, step
+from support.numbers import assert_close
+from support.texts import text_features
 
 OPTIONS = [
     {"contrast_anchors": anchors, "contrast_positives": positives, "margin_strategy": strategy, "margin": margin}
@@ -37,13 +41,13 @@ def inputs(columns: int, ties: bool = False) -> tuple[list[Tensor], list[Tensor]
     return model, guide
 
 
-def bare(cls: type[nn.Module], embedded: Any, **attributes: Any) -> Any:
+def bare(cls: type[nn.Module], **attributes: Any) -> Any:
     """A loss made without its constructor, whose attributes are set from outside."""
     loss = cls.__new__(cls)
     nn.Module.__init__(loss)
     defaults = {
-        "model": embedded("embedding"),
-        "guide": embedded("guide"),
+        "model": Embedded("embedding"),
+        "guide": Embedded("guide"),
         "temperature": 0.05,
         "similarity_fct": nn.CosineSimilarity(dim=-1),
         "cross_entropy_loss": nn.CrossEntropyLoss(),
@@ -58,16 +62,13 @@ def bare(cls: type[nn.Module], embedded: Any, **attributes: Any) -> Any:
     return loss
 
 
-def plain(module: Any, embedded: Any, model: list[Tensor], guide: list[Tensor], **options: Any) -> list[Tensor]:
-    loss = bare(module.GISTEmbedLoss, embedded, **options)
-    leaves = [x.clone().requires_grad_() for x in model]
-    value = loss([{"embedding": x, "guide": g} for x, g in zip(leaves, guide, strict=True)], None)
-    value.backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
+def plain(module: Any, model: list[Tensor], guide: list[Tensor], **options: Any) -> list[Tensor]:
+    loss = bare(module.GISTEmbedLoss, **options)
+    return embedding_gradients(loss, [{"embedding": x, "guide": g} for x, g in zip(model, guide, strict=True)])
 
 
-def cached(module: Any, embedded: Any, model: list[Tensor], guide: list[Tensor], **options: Any) -> list[Tensor]:
-    loss = bare(module.CachedGISTEmbedLoss, embedded, **options)
+def cached(module: Any, model: list[Tensor], guide: list[Tensor], **options: Any) -> list[Tensor]:
+    loss = bare(module.CachedGISTEmbedLoss, **options)
     reps = [[part.clone().requires_grad_() for part in x.split(4)] for x in model]
     value, cache = loss.calculate_loss_and_cache_gradients(reps, [list(g.split(4)) for g in guide])
     return [value.detach(), *(torch.cat(column) for column in cache)]
@@ -76,22 +77,20 @@ def cached(module: Any, embedded: Any, model: list[Tensor], guide: list[Tensor],
 @pytest.mark.parametrize("run", [plain, cached])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("columns", [2, 3, 5])
-def test_equals_stock_for_every_option(
-    embedded: Any, close: Callable[..., None], run: Callable[..., list[Tensor]], ties: bool, columns: int
-) -> None:
+def test_equals_stock_for_every_option(run: Callable[..., list[Tensor]], ties: bool, columns: int) -> None:
     if run is plain and columns == 5:
         with pytest.raises(ValueError, match="Expected 2 or 3 embeddings, got 5"):
-            run(losses, embedded, *inputs(columns))
+            run(losses, *inputs(columns))
         return
     for options in OPTIONS:
         model, guide = inputs(columns, ties)
-        close(run(losses, embedded, model, guide, **options), run(stock, embedded, model, guide, **options))
+        assert_close(run(losses, model, guide, **options), run(stock, model, guide, **options))
 
 
 @pytest.mark.parametrize("run", [plain, cached])
-def test_rows_without_negatives_have_no_loss_and_no_gradient(embedded: Any, run: Callable[..., list[Tensor]]) -> None:
+def test_rows_without_negatives_have_no_loss_and_no_gradient(run: Callable[..., list[Tensor]]) -> None:
     """A margin of 3 puts every cosine above the threshold."""
-    value, *gradients = run(losses, embedded, *inputs(2), margin=3.0)
+    value, *gradients = run(losses, *inputs(2), margin=3.0)
     assert value == 0
     assert not any(gradient.any() for gradient in gradients)
 
@@ -113,28 +112,25 @@ class Doubled(nn.CrossEntropyLoss):
     ids=["subclass", "smoothing", "eps", "sim_matrix"],
 )
 def test_replaced_parts_are_computed_by_stock(
-    embedded: Any, caplog: pytest.LogCaptureFixture, run: Callable[..., list[Tensor]], replaced: dict[str, Any]
+    caplog: pytest.LogCaptureFixture, run: Callable[..., list[Tensor]], replaced: dict[str, Any]
 ) -> None:
-    arguments = (embedded, *inputs(2))
+    arguments = inputs(2)
     assert all(map(torch.equal, run(losses, *arguments, **replaced), run(stock, *arguments, **replaced)))
     assert "is computed by sentence-transformers, not by a fused kernel" in caplog.text
     with use_backend("blockwise"), pytest.raises(ValueError, match="cannot be served by the backend asked for"):
         run(losses, *arguments, **replaced)
 
 
-def test_disable_is_stock_bit_for_bit(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disable_is_stock_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBERT_KERNELS_DISABLE", "1")
     for run in (plain, cached):
-        assert all(map(torch.equal, run(losses, embedded, *inputs(3)), run(stock, embedded, *inputs(3))))
+        assert all(map(torch.equal, run(losses, *inputs(3)), run(stock, *inputs(3))))
 
 
 @pytest.mark.parametrize("other_vocabulary", [False, True])
 @pytest.mark.parametrize("name", ["GISTEmbedLoss", "CachedGISTEmbedLoss"])
 def test_equals_stock_on_text_and_under_matryoshka(
     bert: Callable[..., Any],
-    texts: Callable[..., Any],
-    step: Callable[..., list[Tensor]],
-    close: Callable[..., None],
     name: str,
     other_vocabulary: bool,
 ) -> None:
@@ -154,10 +150,10 @@ def test_equals_stock_on_text_and_under_matryoshka(
     for module in (stock, losses):
         loss = getattr(module, name)(model, guide, **({"mini_batch_size": 3} if "Cached" in name else {}))
         assert loss.must_retokenize == other_vocabulary
-        results.append(step(loss, texts(model, columns=3)))
+        results.append(step(loss, text_features(model, columns=3)))
         if "Cached" not in name:
-            results[-1] += step(stock.MatryoshkaLoss(model, loss, [32, 8]), texts(model))
-    close(*results, replayed="Cached" in name)
+            results[-1] += step(stock.MatryoshkaLoss(model, loss, [32, 8]), text_features(model))
+    assert_close(*results, replayed="Cached" in name)
     ours = getattr(losses, name)(model, guide)
     theirs = getattr(stock, name)(model, guide)
     assert isinstance(ours, type(theirs))
@@ -165,9 +161,7 @@ def test_equals_stock_on_text_and_under_matryoshka(
 
 
 @pytest.mark.parametrize("name", ["GISTEmbedLoss", "CachedGISTEmbedLoss"])
-def test_learnable_temperature(
-    bert: Callable[..., Any], texts: Callable[..., Any], step: Callable[..., list[Tensor]], name: str
-) -> None:
+def test_learnable_temperature(bert: Callable[..., Any], name: str) -> None:
     model = bert()
     temperature = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
     options = {"mini_batch_size": 3} if "Cached" in name else {}
@@ -175,11 +169,11 @@ def test_learnable_temperature(
     def value(shift: float) -> Tensor:
         loss = getattr(losses, name)(model, model, temperature=0.1 + shift, **options)
         with torch.no_grad():
-            return loss(texts(model), None)
+            return loss(text_features(model), None)
 
-    step(getattr(losses, name)(model, model, temperature=temperature, **options), texts(model), 256.0)
+    step(getattr(losses, name)(model, model, temperature=temperature, **options), text_features(model), factor=256.0)
     assert getattr(losses, name)(model, model, temperature).get_config_dict()["temperature"] == 0.1
     with pytest.raises(ValueError, match=r"temperature must be positive and finite, .* got -0\.1"):
-        getattr(losses, name)(model, model, -0.1, **options)(texts(model), None)
+        getattr(losses, name)(model, model, -0.1, **options)(text_features(model), None)
     expected = 256 * (value(1e-6) - value(-1e-6)) / 2e-6
     assert temperature.grad.item() == pytest.approx(expected.item(), rel=1e-5)

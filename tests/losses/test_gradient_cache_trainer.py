@@ -17,12 +17,13 @@ import sentence_transformers
 import torch
 from datasets import Dataset
 from packaging.version import Version
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
 from sbert_kernels import losses
+from support.trainer import logged_values, train
 
 # transformers renames its options for checkpointing; the old names are those that all versions know.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -99,29 +100,13 @@ def texts(labels: bool) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def train(model: SentenceTransformer, loss: nn.Module, folder: Path, labels: bool, **options: Any) -> list[float]:
-    """The losses and gradient norms that the Trainer logs, of training and of evaluation, in order."""
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        optim="sgd",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **{"max_steps": STEPS, "per_device_train_batch_size": 5, "learning_rate": 0.1, **options},
-    )
+def curve(model: SentenceTransformer, loss: nn.Module, folder: Path, labels: bool, **options: Any) -> list[float]:
+    """Trains, and returns the losses and gradient norms that the Trainer logs in training and evaluation, in order."""
     data = texts(labels)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=data if "eval_strategy" in options else None,
-        loss=loss,
-    )
-    trainer.train()
-    keys = ("loss", "grad_norm", "eval_loss")
-    return [float(entry[key]) for entry in trainer.state.log_history for key in keys if key in entry]
+    setup = {"max_steps": STEPS, "per_device_train_batch_size": 5, "learning_rate": 0.1, **options}
+    eval_data = data if "eval_strategy" in options else None
+    trainer = train(model, loss, folder, data, eval_data, optim="sgd", save_strategy="no", **setup)
+    return logged_values(trainer, "loss", "grad_norm", "eval_loss")
 
 
 def compare(make_model: Callable[[], Any], name: str, folder: Path, tolerance: float, **options: Any) -> list[float]:
@@ -130,7 +115,7 @@ def compare(make_model: Callable[[], Any], name: str, folder: Path, tolerance: f
     curves = []
     for make_loss in PAIRS[name]:
         model = make_model()
-        curves.append(train(model, make_loss(model), folder, labels, **options))
+        curves.append(curve(model, make_loss(model), folder, labels, **options))
     ours, theirs = curves
     assert len(ours) >= 2 * STEPS
     assert all(math.isfinite(value) and value > 0 for value in theirs)
@@ -199,10 +184,10 @@ def test_dropout_without_packing(bert: Callable[..., Any], tmp_path: Path) -> No
             if isinstance(part, nn.Dropout):
                 part.p = 0.3
         loss = module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2, **options)
-        curves.append(train(model, loss, tmp_path, labels=False))
+        curves.append(curve(model, loss, tmp_path, labels=False))
     assert curves[0] == pytest.approx(curves[1], rel=REPLAY)
     model = bert()
-    without = train(model, PAIRS["mnr"][1](model), tmp_path, labels=False)
+    without = curve(model, PAIRS["mnr"][1](model), tmp_path, labels=False)
     assert curves[0] != pytest.approx(without, rel=0.01), "dropout has to be on"
 
 
@@ -218,7 +203,7 @@ def test_autocast(bert: Callable[..., Any], tmp_path: Path, name: str) -> None:
 
 def train_in(bert: Callable[..., Any], name: str, folder: Path) -> list[float]:
     model = bert(torch.float32)
-    return train(model, PAIRS[name][0](model), folder, labels=name == "angle")
+    return curve(model, PAIRS[name][0](model), folder, labels=name == "angle")
 
 
 def test_compiled(bert: Callable[..., Any], tmp_path: Path) -> None:
@@ -228,5 +213,5 @@ def test_compiled(bert: Callable[..., Any], tmp_path: Path) -> None:
         PAIRS["mnr"], ({"torch_compile": True, "torch_compile_backend": "eager"}, {}), strict=True
     ):
         model = bert()
-        curves.append(train(model, make_loss(model), tmp_path, labels=False, max_steps=1, **options))
+        curves.append(curve(model, make_loss(model), tmp_path, labels=False, max_steps=1, **options))
     assert curves[0] == pytest.approx(curves[1], rel=REPLAY)

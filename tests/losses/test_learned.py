@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sbert_kernels import losses
 from sbert_kernels.losses._learned import learned_values
+from support.trainer import train
 
 STEPS = 6
 
@@ -71,34 +72,24 @@ def by_data_set(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def train(
+def train_static(
     loss: Any,
     model: SentenceTransformer,
     folder: Path,
     steps: int = STEPS,
-    resume: str | None = None,
     data: Any = None,
-    trainer_class: type[SentenceTransformerTrainer] = SentenceTransformerTrainer,
-    eval_dataset: Any = None,
     **options: Any,
 ) -> SentenceTransformerTrainer:
-    settings = {
+    """Trains with a checkpoint every three steps, on pairs unless other data are given; returns the trainer."""
+    defaults = {
         "per_device_train_batch_size": 8,
         "max_steps": steps,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "save_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "seed": 1,
     }
-    arguments = SentenceTransformerTrainingArguments(output_dir=str(folder), **(settings | options))
-    data = pairs() if data is None else data
-    trainer = trainer_class(model=model, args=arguments, train_dataset=data, eval_dataset=eval_dataset, loss=loss)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / resume))
-    return trainer
+    return train(model, loss, folder, pairs() if data is None else data, **(defaults | options))
 
 
 def log_of(trainer: SentenceTransformerTrainer) -> list[dict[str, Any]]:
@@ -116,10 +107,10 @@ def test_a_resumed_training_equals_one_in_one_go_to_the_bit(
 ) -> None:
     model = static_model()
     loss = make(model)
-    whole = train(loss, model, tmp_path)
+    whole = train_static(loss, model, tmp_path)
     again = static_model()
     resumed_loss = make(again)
-    resumed = train(resumed_loss, again, tmp_path, resume="checkpoint-3", **options)
+    resumed = train_static(resumed_loss, again, tmp_path, resume="checkpoint-3", **options)
     assert len(log_of(whole)) == STEPS
     names = learned_values(loss).keys()
     assert [{key: line[key] for key in ("loss", *names)} for line in log_of(whole)] == [
@@ -143,7 +134,7 @@ def test_the_log_and_the_model_card_have_the_values_of_now(
 ) -> None:
     model = static_model()
     loss = make(model)
-    trainer = train(loss, model, tmp_path, data=data, multi_dataset_batch_sampler="round_robin")
+    trainer = train_static(loss, model, tmp_path, data=data, multi_dataset_batch_sampler="round_robin")
     values = [[line[name] for name in names] for line in log_of(trainer)]
     assert values[0] != values[2] != values[5]
     now = learned_values(nn.ModuleDict(loss) if isinstance(loss, dict) else loss)
@@ -179,12 +170,12 @@ def test_the_best_checkpoint_has_its_own_values(tmp_path: Path) -> None:
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             return super().evaluate(*args, **kwargs) | {"eval_loss": float(self.state.global_step)}
 
-    trainer = train(
+    trainer = train_static(
         loss,
         model,
         tmp_path,
         trainer_class=Judge,
-        eval_dataset=pairs(8),
+        eval_data=pairs(8),
         eval_strategy="steps",
         eval_steps=3,
         load_best_model_at_end=True,
@@ -195,29 +186,29 @@ def test_the_best_checkpoint_has_its_own_values(tmp_path: Path) -> None:
 
 def test_what_a_checkpoint_does_not_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = static_model()
-    train(losses.MultipleNegativesRankingLoss(model), model, tmp_path, steps=3)
+    train_static(losses.MultipleNegativesRankingLoss(model), model, tmp_path, steps=3)
     file = tmp_path / "checkpoint-3" / "trainer_state.json"
     kept = json.loads(file.read_text())
     del kept["stateful_callbacks"]["LearnedValues"]  # of a training without this package
     file.write_text(json.dumps(kept))
-    resumed = train(losses.MultipleNegativesRankingLoss(model), model, tmp_path, resume="checkpoint-3")
+    resumed = train_static(losses.MultipleNegativesRankingLoss(model), model, tmp_path, resume="checkpoint-3")
     assert resumed.state.global_step == STEPS
     assert "learned" not in caplog.text
     # The optimizer's state would not fit another number of parameters, which stock refuses by itself.
     (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
-    train(one(model), model, tmp_path, resume="checkpoint-3")
+    train_static(one(model), model, tmp_path, resume="checkpoint-3")
     assert "scale is learned, but the checkpoint does not hold it: training goes on from 20.0" in caplog.text
 
 
 def test_what_a_value_needs_to_be_learned_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = static_model()
-    train(one(model), model, tmp_path, steps=1, learning_rate=2e-5, weight_decay=0.01, save_strategy="no")
+    train_static(one(model), model, tmp_path, steps=1, learning_rate=2e-5, weight_decay=0.01, save_strategy="no")
     slow, decayed = (record.getMessage() for record in caplog.records if "scale = 20" in record.getMessage())
     assert "scale = 20 is learned at a rate of 2e-05" in slow
     assert "learning_rate_mapping={'scale$': 0.05}" in slow
     assert "weight_decay=0.01, which pulls it towards 0" in decayed
     caplog.clear()
-    trainer = train(
+    trainer = train_static(
         one(model), model, tmp_path, learning_rate=2e-5, learning_rate_mapping={"scale$": 0.05}, save_strategy="no"
     )
     assert abs(log_of(trainer)[-1]["scale"] - 20) > 0.1
@@ -236,11 +227,11 @@ def test_what_a_value_needs_to_be_learned_is_said(tmp_path: Path, caplog: pytest
 def test_what_only_advises_never_stops_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An optimizer without a rate of its own; a rate as good as the advice; an earlier training of the same model."""
     model = static_model()
-    evaluated = train(one(model), model, tmp_path, steps=1, save_strategy="no", eval_dataset=pairs(8))
+    evaluated = train_static(one(model), model, tmp_path, steps=1, save_strategy="no", eval_data=pairs(8))
     evaluated.evaluate()
     caplog.clear()
     options = {"learning_rate_mapping": {"scale$": 0.05}, "multi_dataset_batch_sampler": "round_robin"}
-    train(by_data_set(model), model, tmp_path, steps=1, data=DatasetDict(a=pairs(), b=scored()), **options)
+    train_static(by_data_set(model), model, tmp_path, steps=1, data=DatasetDict(a=pairs(), b=scored()), **options)
     assert "hardly changes" not in caplog.text
 
     class OfItsOwnRate(torch.optim.SGD):
@@ -267,7 +258,7 @@ def test_a_copy_of_a_trainer_keeps_its_own_values(tmp_path: Path) -> None:
             self.kept = copy.deepcopy(self)
 
     model = static_model()
-    trainer = train(one(model), model, tmp_path, save_strategy="no", trainer_class=Untrained)
+    trainer = train_static(one(model), model, tmp_path, save_strategy="no", trainer_class=Untrained)
     SentenceTransformerTrainer.train(trainer.kept)
     values = [line["scale"] for line in log_of(trainer.kept)]
     assert values[-1] == pytest.approx(trainer.kept.loss.scale.item(), rel=1e-5)
@@ -277,13 +268,13 @@ def test_a_copy_of_a_trainer_keeps_its_own_values(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_built_by_the_trainer_is_followed_too(tmp_path: Path) -> None:
     model = static_model()
-    trainer = train(lambda model: one(model), model, tmp_path, steps=1, save_strategy="no")
+    trainer = train_static(lambda model: one(model), model, tmp_path, steps=1, save_strategy="no")
     assert "scale" in log_of(trainer)[0]
 
 
 def test_stock_losses_alone_are_left_alone(tmp_path: Path) -> None:
     model = static_model()
-    trainer = train(stock.MultipleNegativesRankingLoss(model), model, tmp_path, steps=1, save_strategy="no")
+    trainer = train_static(stock.MultipleNegativesRankingLoss(model), model, tmp_path, steps=1, save_strategy="no")
     assert "LearnedValues" not in trainer.callback_handler.callback_list
 
 
@@ -313,7 +304,7 @@ def worker(rank: int, world: int, folder: str) -> None:
                     own[key] = own.get(key, 0.0) + value.item()
                 super().track_loss_components(terms)
 
-        trainer = train(
+        trainer = train_static(
             loss,
             model,
             Path(folder) / name,

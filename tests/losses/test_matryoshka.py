@@ -17,8 +17,11 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 
 from sbert_kernels import losses, patch, use_backend
+from support.contrastive import ALL_DIRECTIONS
+from support.gradients import embedding_gradients, step
+from support.numbers import assert_close
+from support.texts import text_features
 
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 DIMS = ([32, 12, 5], [1, 0.3, -2.0])
 INNER = {
     "MultipleNegativesRankingLoss": {},
@@ -80,13 +83,6 @@ def embeddings(columns: int = 3, dtype: torch.dtype = torch.float64) -> list[Ten
     return [torch.randn(9, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(columns)]
 
 
-def loss_and_gradients(loss: nn.Module, columns: list[Tensor]) -> list[Tensor]:
-    leaves = [column.clone().requires_grad_() for column in columns]
-    value = loss([{"embedding": leaf} for leaf in leaves], None)
-    value.backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
-
-
 def loss_stage(loss: nn.Module, columns: list[Tensor]) -> list[Tensor]:
     reps = [[part.clone().requires_grad_() for part in column.split(4)] for column in columns]
     value = loss.loss.calculate_loss(reps, with_backward=True)
@@ -112,11 +108,9 @@ MNR_OPTIONS = [
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("gather", [False, True])
-def test_equals_stock_for_every_option_of_mnr(
-    close: Callable[..., None], calls: list[Any], cached: bool, gather: bool
-) -> None:
+def test_equals_stock_for_every_option_of_mnr(calls: list[Any], cached: bool, gather: bool) -> None:
     """dot_score as well, which stock gives normalised prefixes; in one call."""
-    name, run = "MultipleNegativesRankingLoss", loss_and_gradients
+    name, run = "MultipleNegativesRankingLoss", embedding_gradients
     if cached:
         name, run = f"Cached{name}", loss_stage
     for options, dims in itertools.product(MNR_OPTIONS, [([3, 8, 1], [1, -0.5, 2]), ([4, 4, 2], None)]):
@@ -124,7 +118,7 @@ def test_equals_stock_for_every_option_of_mnr(
             run(shared(module, name, dims, gather_across_devices=gather, **options), embeddings())
             for module in (losses, stock)
         )
-        close(ours, theirs)
+        assert_close(ours, theirs)
         assert calls.pop() == tuple(sorted(dims[0], reverse=True))
         assert not calls
 
@@ -140,9 +134,6 @@ def shared(module: Any, name: str, dims: tuple[Any, Any], **options: Any) -> nn.
 @pytest.mark.parametrize("per_step", [-1, 1, 2])
 def test_equals_stock_on_text(
     bert: Callable[..., Any],
-    texts: Callable[..., Any],
-    step: Callable[..., list[Tensor]],
-    close: Callable[..., None],
     calls: list[Any],
     name: str,
     columns: int,
@@ -154,9 +145,9 @@ def test_equals_stock_on_text(
     for module in (stock, losses):
         loss = module.MatryoshkaLoss(model, inner(module, name, model, guide), *DIMS, per_step)
         random.seed(7)
-        results.append([x for _ in range(3) for x in step(loss, texts(model, columns=columns), 0.5)])
+        results.append([x for _ in range(3) for x in step(loss, text_features(model, columns=columns), factor=0.5)])
         drawn.append(random.random())
-    close(*results, replayed="Cached" in name)
+    assert_close(*results, replayed="Cached" in name)
     assert drawn[0] == drawn[1]
     assert [len(dims) for dims in calls] == [per_step if per_step > 0 else 3] * 3
 
@@ -172,39 +163,35 @@ GIST_OPTIONS = [
 @pytest.mark.parametrize("name", ["GISTEmbedLoss", "CachedGISTEmbedLoss"])
 def test_equals_stock_for_every_option_of_gist(
     bert: Callable[..., Any],
-    texts: Callable[..., Any],
-    step: Callable[..., list[Tensor]],
-    close: Callable[..., None],
     name: str,
 ) -> None:
     model, guide = bert(), shifted(bert())
     for options in GIST_OPTIONS[:: 3 if "Cached" in name else 1]:
         results = [
-            step(module.MatryoshkaLoss(model, inner(module, name, model, guide, **options), *DIMS), texts(model, 7, 3))
+            step(
+                module.MatryoshkaLoss(model, inner(module, name, model, guide, **options), *DIMS),
+                text_features(model, 7, 3),
+            )
             for module in (stock, losses)
         ]
-        close(*results, replayed="Cached" in name)
+        assert_close(*results, replayed="Cached" in name)
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_evaluation_has_no_graph(
-    bert: Callable[..., Any], texts: Callable[..., Any], close: Callable[..., None], name: str
-) -> None:
+def test_evaluation_has_no_graph(bert: Callable[..., Any], name: str) -> None:
     model = bert().eval()
     values = []
     for module in (stock, losses):
         loss = module.MatryoshkaLoss(model, inner(module, name, model, bert()), *DIMS).eval()
         with torch.no_grad():
-            values.append([loss(texts(model), None)])
+            values.append([loss(text_features(model), None)])
         assert not values[-1][0].requires_grad
-    close(*values)
+    assert_close(*values)
 
 
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
 @pytest.mark.parametrize("duplicates", ["mask", "positive"])
-def test_duplicates_count_in_every_prefix(
-    bert: Callable[..., Any], step: Callable[..., list[Tensor]], close: Callable[..., None], name: str, duplicates: str
-) -> None:
+def test_duplicates_count_in_every_prefix(bert: Callable[..., Any], name: str, duplicates: str) -> None:
     """As stock's wrapper around the same drop-in has it."""
     model = bert()
     features = [model.preprocess(["a", "b", "c", "a"]), model.preprocess(["same", "other", "same", "last one"])]
@@ -217,7 +204,7 @@ def test_duplicates_count_in_every_prefix(
         )
         for module, option in ((losses, duplicates), (stock, duplicates), (stock, "keep"))
     ]
-    close(*results[:2], replayed="Cached" in name)
+    assert_close(*results[:2], replayed="Cached" in name)
     assert not torch.allclose(results[0][0], results[2][0])
 
 
@@ -235,28 +222,28 @@ def test_embeds_once_and_leaves_the_whole_embedding(calls: list[Any]) -> None:
         assert column["sentence_embedding"] is column["embedding"]
 
 
-def test_a_prefix_of_zeros_is_a_zero_vector(close: Callable[..., None]) -> None:
+def test_a_prefix_of_zeros_is_a_zero_vector() -> None:
     """The value is stock's. The gradient of such a slice is that of one normalisation; stock multiplies it by 1e12."""
     columns = embeddings(2)
     columns[0][3, :4] = 0
     columns[1][5] = 0
     ours, theirs = (
-        loss_and_gradients(shared(module, "MultipleNegativesRankingLoss", ([8, 4], None)), columns)
+        embedding_gradients(shared(module, "MultipleNegativesRankingLoss", ([8, 4], None)), columns)
         for module in (losses, stock)
     )
-    close(ours[:1], theirs[:1])
+    assert_close(ours[:1], theirs[:1])
     others = [row for row in range(9) if row not in (3, 5)]
-    close([x[others] for x in ours[1:]], [x[others] for x in theirs[1:]])
+    assert_close([x[others] for x in ours[1:]], [x[others] for x in theirs[1:]])
     assert all(x.isfinite().all() for x in ours)
 
 
 def test_half_precision_is_no_worse_than_stock() -> None:
     columns = embeddings(3, torch.bfloat16)
-    exact = loss_and_gradients(
+    exact = embedding_gradients(
         shared(stock, "MultipleNegativesRankingLoss", ([8, 4], None)), [column.double() for column in columns]
     )
     ours, theirs = (
-        loss_and_gradients(shared(module, "MultipleNegativesRankingLoss", ([8, 4], None)), columns)
+        embedding_gradients(shared(module, "MultipleNegativesRankingLoss", ([8, 4], None)), columns)
         for module in (losses, stock)
     )
     for value, other, reference in zip(ours, theirs, exact, strict=True):
@@ -273,21 +260,19 @@ def manhattan(a: Tensor, b: Tensor) -> Tensor:
     return -torch.cdist(a, b, p=1)
 
 
-def test_overridden_methods_see_every_prefix(
-    close: Callable[..., None], calls: list[Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_overridden_methods_see_every_prefix(calls: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     model = Sized()
     ours = losses.MatryoshkaLoss(model, Doubled(model), [8, 4])
     theirs = shared(stock, "MultipleNegativesRankingLoss", ([8, 4], [2, 2]))
     for _ in range(2):
-        close(loss_and_gradients(ours, embeddings()), loss_and_gradients(theirs, embeddings()))
+        assert_close(embedding_gradients(ours, embeddings()), embedding_gradients(theirs, embeddings()))
     assert calls == [None] * 4
     assert [record.message for record in caplog.records if "losses" in record.name] == [
         "Doubled in a MatryoshkaLoss is computed one prefix at a time: its compute_loss_from_embeddings was overridden."
     ]
 
 
-def test_an_overridden_loss_stage_sees_every_prefix(close: Callable[..., None], calls: list[Any]) -> None:
+def test_an_overridden_loss_stage_sees_every_prefix(calls: list[Any]) -> None:
     """In a subclass, or on the instance."""
 
     class Mine(losses.CachedMultipleNegativesRankingLoss):
@@ -301,13 +286,13 @@ def test_an_overridden_loss_stage_sees_every_prefix(close: Callable[..., None], 
         stock.MatryoshkaLoss(Sized(), stock.CachedMultipleNegativesRankingLoss(Sized()), [8, 4]), embeddings()
     )
     for loss in (Mine(Sized()), replaced):
-        close(loss_stage(losses.MatryoshkaLoss(Sized(), loss, [8, 4]), embeddings()), expected)
+        assert_close(loss_stage(losses.MatryoshkaLoss(Sized(), loss, [8, 4]), embeddings()), expected)
     assert calls == [None] * 4
 
 
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
 def test_a_similarity_of_one_s_own_is_computed_by_stock(caplog: pytest.LogCaptureFixture, name: str) -> None:
-    run = loss_stage if "Cached" in name else loss_and_gradients
+    run = loss_stage if "Cached" in name else embedding_gradients
     options = {"similarity_fct": manhattan, "scale": 1.0}
     ours, theirs = (run(shared(m, name, ([8, 4], None), **options), embeddings()) for m in (losses, stock))
     assert all(map(torch.equal, ours, theirs))
@@ -316,23 +301,20 @@ def test_a_similarity_of_one_s_own_is_computed_by_stock(caplog: pytest.LogCaptur
         run(shared(losses, name, ([8, 4], None), **options), embeddings())
 
 
-def test_another_model_is_not_truncated(close: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_another_model_is_not_truncated(caplog: pytest.LogCaptureFixture) -> None:
     ours, theirs = (
-        loss_and_gradients(
+        embedding_gradients(
             module.MatryoshkaLoss(Sized(), module.MultipleNegativesRankingLoss(Sized()), [8, 4]), embeddings()
         )
         for module in (losses, stock)
     )
-    close(ours, theirs)
+    assert_close(ours, theirs)
     assert "its model is not the one given to MatryoshkaLoss" in caplog.text
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_guide_that_is_the_model_is_truncated_where_stock_truncates_it(
     bert: Callable[..., Any],
-    texts: Callable[..., Any],
-    step: Callable[..., list[Tensor]],
-    close: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
     cached: bool,
 ) -> None:
@@ -340,10 +322,10 @@ def test_a_guide_that_is_the_model_is_truncated_where_stock_truncates_it(
     model = bert()
     # A margin that no rounding decides: the guide's similarities are those that are trained.
     results = [
-        step(module.MatryoshkaLoss(model, inner(module, name, model, model, margin=0.01), *DIMS), texts(model))
+        step(module.MatryoshkaLoss(model, inner(module, name, model, model, margin=0.01), *DIMS), text_features(model))
         for module in (stock, losses)
     ]
-    close(*results, replayed=cached)
+    assert_close(*results, replayed=cached)
     assert ("its guide is the model itself" in caplog.text) == (not cached)
 
 
@@ -352,7 +334,7 @@ def test_weights_that_are_no_finite_constants_are_stock_s(caplog: pytest.LogCapt
     results = []
     for module in (losses, stock):
         results.append(
-            loss_and_gradients(shared(module, "MultipleNegativesRankingLoss", ([8, 4], [1.0, weight])), embeddings())
+            embedding_gradients(shared(module, "MultipleNegativesRankingLoss", ([8, 4], [1.0, weight])), embeddings())
         )
         if isinstance(weight, Tensor):
             results[-1].append(weight.grad)
@@ -379,7 +361,7 @@ def test_other_inner_losses_are_stock_s_business(calls: list[Any], caplog: pytes
 
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
 def test_disable_is_stock_bit_for_bit_and_read_per_call(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    run = loss_stage if "Cached" in name else loss_and_gradients
+    run = loss_stage if "Cached" in name else embedding_gradients
     columns = embeddings(3, torch.float32)
     ours, theirs = (shared(module, name, ([8, 4, 3], None)) for module in (losses, stock))
     expected, fused = run(theirs, columns), run(ours, columns)
@@ -394,9 +376,6 @@ def test_disable_is_stock_bit_for_bit_and_read_per_call(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("layers", [-1, 1])
 def test_matryoshka_2d_equals_stock(
     bert: Callable[..., Any],
-    texts: Callable[..., Any],
-    step: Callable[..., list[Tensor]],
-    close: Callable[..., None],
     calls: list[Any],
     dims: int,
     layers: int,
@@ -409,29 +388,26 @@ def test_matryoshka_2d_equals_stock(
         loss = stock.Matryoshka2dLoss(
             model, stock.MultipleNegativesRankingLoss(model), *DIMS, n_layers_per_step=layers, n_dims_per_step=dims
         )
-        return step(loss, texts(model, columns=3))
+        return step(loss, text_features(model, columns=3))
 
     expected = run()
     with patch():
         assert type(stock.Matryoshka2dLoss(model, nn.Identity(), [32]).loss) is losses.MatryoshkaLoss
-        close(run(), expected)
+        assert_close(run(), expected)
     assert [len(prefixes) for prefixes in calls] == [3 if dims == -1 else dims] * (3 if layers == -1 else 2)
 
 
 @pytest.mark.parametrize("name", INNER)
 def test_copies_stay_fused(
     bert: Callable[..., Any],
-    texts: Callable[..., Any],
-    step: Callable[..., list[Tensor]],
-    close: Callable[..., None],
     calls: list[Any],
     name: str,
 ) -> None:
     model = bert()
     loss = losses.MatryoshkaLoss(model, inner(losses, name, model, bert()), *DIMS)
-    expected = step(loss, texts(model))
+    expected = step(loss, text_features(model))
     for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        close(step(copied, texts(model)), expected)
+        assert_close(step(copied, text_features(model)), expected)
     assert [len(dims) for dims in calls] == [3] * 3
 
 
@@ -441,14 +417,14 @@ def test_a_cached_loss_that_is_pickled_while_patched_loads_as_stock() -> None:
     assert b"sbert_kernels" not in data
 
 
-def test_wrapped_twice_equals_stock(close: Callable[..., None]) -> None:
+def test_wrapped_twice_equals_stock() -> None:
     """The decorator of one wrapper is what the other decorates."""
     results = []
     for module in (losses, stock):
         cached = module.CachedMultipleNegativesRankingLoss(Sized())
         module.MatryoshkaLoss(Sized(), cached, [4, 2])
         results.append(loss_stage(module.MatryoshkaLoss(Sized(), cached, [8, 5]), embeddings()))
-    close(*results)
+    assert_close(*results)
 
 
 def test_looks_like_stock(caplog: pytest.LogCaptureFixture) -> None:
@@ -473,13 +449,13 @@ def test_dims_beyond_the_embedding_are_an_error() -> None:
     model = Sized(dim=None)
     loss = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 4])
     with pytest.raises(ValueError, match=r"matryoshka_dims must be in 1 \.\. 8, .* got 16"):
-        loss_and_gradients(loss, embeddings())
+        embedding_gradients(loss, embeddings())
 
 
 @pytest.mark.parametrize("dims", [[torch.tensor(8), torch.tensor(3)], [8, True]], ids=repr)
-def test_dims_are_whatever_stock_takes_as_integers(close: Callable[..., None], dims: list[Any]) -> None:
+def test_dims_are_whatever_stock_takes_as_integers(dims: list[Any]) -> None:
     ours, theirs = (
-        loss_and_gradients(shared(module, "MultipleNegativesRankingLoss", (dims, None)), embeddings(2))
+        embedding_gradients(shared(module, "MultipleNegativesRankingLoss", (dims, None)), embeddings(2))
         for module in (losses, stock)
     )
-    close(ours, theirs)
+    assert_close(ours, theirs)

@@ -15,6 +15,8 @@ from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
 from sbert_kernels import losses
+from support.embedded import Embedded
+from support.numbers import assert_close
 
 ROWS = 6
 LABELS = torch.tensor([0.1, 0.9, 0.4, 0.4, 0.7, 0.0])
@@ -38,16 +40,12 @@ def kinds(value: float) -> Iterator[Any]:
 
 
 @pytest.fixture
-def make(embedded: Any) -> Callable[..., nn.Module]:
+def make() -> Callable[..., nn.Module]:
     """A loss of stock's or of ours whose option has the value, given to the constructor or set afterwards."""
-
-    class Embedded(embedded):
-        def get_embedding_dimension(self) -> int:
-            return 8
 
     def loss(module: Any, name: str, option: str, value: Any, assigned: bool) -> nn.Module:
         if name == "MatryoshkaLoss":
-            model = Embedded()
+            model = Embedded(dimension=8)
             return module.MatryoshkaLoss(model, module.MultipleNegativesRankingLoss(model), [8, 4], [value, 1.0])
         if "GIST" in name:
             made = getattr(module, name).__new__(getattr(module, name))
@@ -116,9 +114,7 @@ OPTIONS = [
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")
 @pytest.mark.parametrize(("name", "option", "value"), OPTIONS)
-def test_whatever_stock_trains_with_trains_here(
-    make: Any, close: Callable[..., None], name: str, option: str, value: float
-) -> None:
+def test_whatever_stock_trains_with_trains_here(make: Any, name: str, option: str, value: float) -> None:
     labels = LABELS if name in ("CoSENTLoss", "AnglELoss") else None
     assigned = value == 1.0
     counted = 0
@@ -139,7 +135,7 @@ def test_whatever_stock_trains_with_trains_here(
         if expected[0].dtype == torch.float32:
             # A weight of shape [1] makes stock's loss a float32.
             torch.testing.assert_close(result.pop(0).float(), expected.pop(0), rtol=1e-6, atol=0)
-        close(result, expected, replayed=True)
+        assert_close(result, expected, replayed=True)
         counted += 1
     assert counted >= 9
 
@@ -159,29 +155,27 @@ def test_similarities_are_divided_by_positive_temperatures_only(make: Any, name:
             trained(make(losses, name, "temperature", temperature, True), None, None)
 
 
-def test_matryoshka_weights_that_are_tensors_are_read_at_each_step(
-    make: Any, close: Callable[..., None], caplog: Any
-) -> None:
+def test_matryoshka_weights_that_are_tensors_are_read_at_each_step(make: Any, caplog: Any) -> None:
     """In one call for all prefixes, so without a log line."""
     weight = torch.tensor(0.5)
     loss = make(losses, "MatryoshkaLoss", "matryoshka_weights", weight, False)
     for value in (0.5, 0.25):
         weight.fill_(value)
         expected = make(stock, "MatryoshkaLoss", "matryoshka_weights", value, False)
-        close(trained(loss, None, None), trained(expected, None, None))
+        assert_close(trained(loss, None, None), trained(expected, None, None))
     assert not [record for record in caplog.records if "prefix" in record.message]
 
 
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "CoSENTLoss"])
-def test_a_scale_that_is_no_number_is_refused_when_the_loss_is_built(embedded: Any, name: str) -> None:
+def test_a_scale_that_is_no_number_is_refused_when_the_loss_is_built(name: str) -> None:
     make = getattr(losses, name)
     with pytest.raises(TypeError, match="scale must be a number, got '20'"):
-        make(embedded(), scale="20")
+        make(Embedded(), scale="20")
     with pytest.raises(ValueError, match=r"scale must be one number, got a tensor of shape \[2\]"):
-        make(embedded(), scale=torch.tensor([20.0, 1.0]))
+        make(Embedded(), scale=torch.tensor([20.0, 1.0]))
 
 
-def test_a_similarity_by_its_name_is_refused(embedded: Any) -> None:
-    loss = losses.MultipleNegativesRankingLoss(embedded(), similarity_fct="cos")
+def test_a_similarity_by_its_name_is_refused() -> None:
+    loss = losses.MultipleNegativesRankingLoss(Embedded(), similarity_fct="cos")
     with pytest.raises(TypeError, match=r"similarity_fct must be a function, such as .*cos_sim, got 'cos'"):
         loss([{"embedding": torch.randn(2, 4)}] * 2)

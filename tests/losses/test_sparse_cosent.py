@@ -18,6 +18,8 @@ from sentence_transformers.sparse_encoder.modules import MLMTransformer, SparseA
 from torch import Tensor, nn
 
 from sbert_kernels import losses, patch
+from support.numbers import assert_close
+from support.texts import text_features
 
 LABELS = torch.tensor([0.2, 0.9, 0.5, 0.5, 0.0, 1.0, 0.9], dtype=torch.float64)
 NAMES = ["SparseCoSENTLoss", "SparseAnglELoss"]
@@ -67,14 +69,14 @@ def terms_and_gradients(loss: nn.Module, features: list[dict[str, Tensor]]) -> l
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("make", "around"), [(splade, in_splade_loss), (auto_encoder, in_csr_loss)])
 def test_equals_stock_on_a_sparse_encoder(
-    bert_path: Path, texts: Any, close: Any, caplog: pytest.LogCaptureFixture, make: Any, around: Any, name: str
+    bert_path: Path, caplog: pytest.LogCaptureFixture, make: Any, around: Any, name: str
 ) -> None:
     """Without a word about stock: the embeddings are dense in training, however many of their entries are zero."""
     caplog.set_level(logging.INFO, logger="sbert_kernels")
     model = make(bert_path)
-    features = texts(model)
+    features = text_features(model)
     expected = terms_and_gradients(around(model, getattr(stock, name)(model)), features)
-    close(terms_and_gradients(around(model, getattr(losses, name)(model)), features), expected)
+    assert_close(terms_and_gradients(around(model, getattr(losses, name)(model)), features), expected)
     assert not [record for record in caplog.records if record.name.startswith("sbert_kernels.losses")]
 
 

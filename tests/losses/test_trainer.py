@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer import losses as namespace
 from torch import nn
 
 import sbert_kernels
+from support.trainer import logged_values, train
 
 STEPS = 6
 RECIPES: dict[str, Callable[[Any], nn.Module]] = {
@@ -36,27 +37,16 @@ RECIPES: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-def train(model: Any, loss: nn.Module, folder: Path, steps: int = STEPS) -> SentenceTransformerTrainer:
+def short_training(model: Any, loss: nn.Module, folder: Path, steps: int = STEPS) -> SentenceTransformerTrainer:
+    """Trains on 40 pairs with one checkpoint, after the last step; returns the trainer."""
     pairs = Dataset.from_dict(
         {
             "anchor": [f"question number {i} about {'cats' if i % 3 else 'dogs'}" for i in range(40)],
             "positive": [f"answer number {i}, rather long" for i in range(40)],
         }
     )
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=8,
-        max_steps=steps,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_steps=steps,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=loss)
-    trainer.train()
-    return trainer
+    options = {"per_device_train_batch_size": 8, "max_steps": steps, "save_steps": steps, "learning_rate": 1e-3}
+    return train(model, loss, folder, pairs, **options)
 
 
 def card(folder: Path) -> str:
@@ -77,9 +67,9 @@ def test_patched_training_equals_stock(
             reached = any(sbert_kernels.is_patched(part) for part in loss.modules())
             assert reached == (name == "fused"), "patch() has to reach the loss"
             folder = tmp_path / "run"
-            trainer = train(model, loss, folder)
+            trainer = short_training(model, loss, folder)
             checkpoint = folder / f"checkpoint-{STEPS}"
-            curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+            curves.append(logged_values(trainer, "loss"))
             cards.append(card(checkpoint))
             weights.append(model.state_dict())
             folder.rename(tmp_path / name)
@@ -98,5 +88,5 @@ def test_a_learnable_scale_is_trained(bert: Callable[..., Any], tmp_path: Path, 
         loss = sbert_kernels.losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=3)
     else:
         loss = sbert_kernels.losses.MultipleNegativesRankingLoss(model, scale=scale)
-    train(model, loss, tmp_path, steps=3)
+    short_training(model, loss, tmp_path, steps=3)
     assert 0 < abs(loss.scale.item() - 10.0) < 0.1

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from sbert_kernels import losses
 from sbert_kernels.losses import WeightedLoss
 from sbert_kernels.losses.weighted import component_names
+from support.gradients import model_gradients, total
+from support.numbers import assert_close
+from support.texts import text_features
+from support.trainer import train
 
 LABELS = torch.tensor([0.1, 0.9, 0.4, 0.4, 0.7, 0.0, 1.0], dtype=torch.float64)
 CACHED = [{}, {"mini_batch_size": 3}, {"mini_batch_num_tokens": 20}]
@@ -36,18 +40,9 @@ def mixed(model: Any, weights: tuple[Any, ...] = (1.0, 0.25, -2, 0.5), scale: An
     }
 
 
-def value_of(result: Any) -> Tensor:
-    return torch.stack(list(result.values())).sum() if isinstance(result, dict) else result
-
-
 def gradients(loss: nn.Module, features: Any, others: list[Tensor] = (), factor: float = 1.0) -> list[Tensor]:
-    """The value of a loss, and the gradients of its model and of other tensors."""
-    tensors = [*loss.model.parameters(), *others]
-    for tensor in tensors:
-        tensor.grad = None
-    value = value_of(loss([dict(column) for column in features], LABELS[: len(features[0]["input_ids"])]))
-    (value * factor).backward()
-    return [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in tensors)]
+    """Returns the value of a loss for the first LABELS, and the gradients of its model and of other tensors."""
+    return model_gradients(loss, features, LABELS[: len(features[0]["input_ids"])], others, factor)
 
 
 def one_by_one(entries: dict[str, Any], features: Any, others: list[Tensor] = ()) -> list[Tensor]:
@@ -60,50 +55,52 @@ def one_by_one(entries: dict[str, Any], features: Any, others: list[Tensor] = ()
 
 @pytest.mark.parametrize("columns", [2, 3])
 @replayed
-def test_equals_the_weighted_sum_of_separate_runs(
-    bert: Any, texts: Any, close: Callable[..., None], columns: int, options: dict[str, Any]
-) -> None:
+def test_equals_the_weighted_sum_of_separate_runs(bert: Any, columns: int, options: dict[str, Any]) -> None:
     model = bert()
-    features = texts(model, columns=columns)
+    features = text_features(model, columns=columns)
     entries = mixed(model)
     if columns == 3:
         entries = {
             **entries,
             "cosine": (stock.TripletLoss(model, triplet_margin=30.0), 0.125),
         }
-    close(gradients(WeightedLoss(model, entries, **options), features), one_by_one(entries, features), bool(options))
+    assert_close(
+        gradients(WeightedLoss(model, entries, **options), features), one_by_one(entries, features), bool(options)
+    )
 
 
-def test_the_batch_is_encoded_once(bert: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_is_encoded_once(bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert()
     calls, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    gradients(WeightedLoss(model, mixed(model)), texts(model))
+    gradients(WeightedLoss(model, mixed(model)), text_features(model))
     assert len(calls) == 2  # a column each
     calls.clear()
-    gradients(WeightedLoss(model, mixed(model), mini_batch_size=4, packing="none", activation_budget=0), texts(model))
+    gradients(
+        WeightedLoss(model, mixed(model), mini_batch_size=4, packing="none", activation_budget=0), text_features(model)
+    )
     assert len(calls) == 2 * 2 * 2  # columns, mini-batches, passes
 
 
-def test_the_result_is_each_weighted_value_by_name(bert: Any, texts: Any) -> None:
+def test_the_result_is_each_weighted_value_by_name(bert: Any) -> None:
     model = bert()
     entries = mixed(model)
-    result = WeightedLoss(model, entries)(texts(model), LABELS)
+    result = WeightedLoss(model, entries)(text_features(model), LABELS)
     assert list(result) == list(entries)
     for name, (loss, weight) in entries.items():
-        value = value_of(loss(texts(model), LABELS))
+        value = total(loss(text_features(model), LABELS))
         assert torch.allclose(result[name], weight * value, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("options", CACHED, ids=["plain", "cached", "cached-tokens"])
 def test_without_gradients_the_same_terms_and_no_cache(
-    bert: Any, texts: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    bert: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     model = bert()
     loss = WeightedLoss(model, mixed(model), **options)
-    expected = WeightedLoss(model, mixed(model))(texts(model), LABELS)
+    expected = WeightedLoss(model, mixed(model))(text_features(model), LABELS)
     with torch.no_grad():
-        result = loss(texts(model), LABELS)
+        result = loss(text_features(model), LABELS)
     assert list(result) == list(expected)
     for name, value in result.items():
         assert not value.requires_grad
@@ -111,12 +108,10 @@ def test_without_gradients_the_same_terms_and_no_cache(
 
 
 @replayed
-def test_learnable_weights_and_scale(
-    bert: Any, texts: Any, close: Callable[..., None], options: dict[str, Any]
-) -> None:
+def test_learnable_weights_and_scale(bert: Any, options: dict[str, Any]) -> None:
     """d/dweight is the value itself, d/dscale comes weighted; the loss owns all of them; any factor reaches them."""
     model = bert()
-    features = texts(model)
+    features = text_features(model)
     scale = nn.Parameter(torch.tensor(7.0, dtype=torch.float64))
     weights = [nn.Parameter(torch.tensor([w], dtype=torch.float64)) for w in (1.5, 0.25, -0.5)]
     entries = mixed(model, (*weights, torch.tensor(2)), scale)
@@ -124,12 +119,12 @@ def test_learnable_weights_and_scale(
     learned = [scale, *weights]
     assert {id(x) for x in learned} <= {id(x) for x in loss.parameters() if x.requires_grad}
     expected = one_by_one(entries, features, [scale])
-    values = [value_of(inner(features, LABELS)).detach().reshape(1) for inner, _ in list(entries.values())[:3]]
+    values = [total(inner(features, LABELS)).detach().reshape(1) for inner, _ in list(entries.values())[:3]]
     value, *grads = gradients(loss, features, learned, factor=3.0)
-    close([value, *grads], [expected[0], *(3 * x for x in (*expected[1:], *values))], bool(options))
+    assert_close([value, *grads], [expected[0], *(3 * x for x in (*expected[1:], *values))], bool(options))
 
 
-def test_gradients_accumulate_over_steps(bert: Any, texts: Any, close: Callable[..., None]) -> None:
+def test_gradients_accumulate_over_steps(bert: Any) -> None:
     """Two forward passes before the first backward pass, as their sum."""
     model = bert()
     weight, scale = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (0.5, 7.0))
@@ -137,48 +132,46 @@ def test_gradients_accumulate_over_steps(bert: Any, texts: Any, close: Callable[
     for options in CACHED[:2]:
         loss = WeightedLoss(model, mixed(model, (weight, 1, 1, 1), scale), **options)
         loss.zero_grad()
-        steps = [loss(texts(model, rows), LABELS[:rows]) for rows in (7, 4)]
+        steps = [loss(text_features(model, rows), LABELS[:rows]) for rows in (7, 4)]
         for step in steps:
-            (value_of(step) / 2).backward()
+            (total(step) / 2).backward()
         results.append([p.grad.clone() for p in loss.parameters() if p.grad is not None])
-    close(*results, replayed=True)
+    assert_close(*results, replayed=True)
 
 
 @replayed
-def test_a_gradient_scaler_reaches_everything(
-    bert: Any, texts: Any, close: Callable[..., None], options: dict[str, Any]
-) -> None:
+def test_a_gradient_scaler_reaches_everything(bert: Any, options: dict[str, Any]) -> None:
     model = bert()
     weight, scale = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (0.5, 7.0))
     loss = WeightedLoss(model, mixed(model, (weight, 1, 1, 1), scale), **options)
-    expected = gradients(loss, texts(model), [weight, scale])[1:]
+    expected = gradients(loss, text_features(model), [weight, scale])[1:]
     loss.zero_grad()
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(value_of(loss(texts(model), LABELS))).backward()
+    scaler.scale(total(loss(text_features(model), LABELS))).backward()
     assert scale.grad.item() == pytest.approx(1024 * expected[-1].item(), rel=1e-5)
     scaler.unscale_(optimizer)
-    close(
+    assert_close(
         [torch.zeros_like(x) if x.grad is None else x.grad for x in (*model.parameters(), weight, scale)],
         expected,
         True,
     )
 
 
-def test_a_learnable_tensor_that_is_no_parameter_gets_its_gradient(bert: Any, texts: Any) -> None:
+def test_a_learnable_tensor_that_is_no_parameter_gets_its_gradient(bert: Any) -> None:
     model = bert()
     found = []
     for options in CACHED[:2]:
         scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-        gradients(WeightedLoss(model, mixed(model, scale=scale), **options), texts(model))
+        gradients(WeightedLoss(model, mixed(model, scale=scale), **options), text_features(model))
         found.append(scale.grad.item())
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
-def test_a_cache_serves_one_common_factor_only(bert: Any, texts: Any) -> None:
+def test_a_cache_serves_one_common_factor_only(bert: Any) -> None:
     model = bert()
     loss = WeightedLoss(model, mixed(model), mini_batch_size=3)
-    terms = loss(texts(model), LABELS)
+    terms = loss(text_features(model), LABELS)
     with pytest.raises(RuntimeError, match="one factor has to multiply them all"):
         (terms["ranking"] + 2 * terms["cosine"] + terms["spread"] + terms["stock_ranking"]).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -203,16 +196,14 @@ class Sum(nn.Module):
     def forward(self, features: Any, labels: Any) -> Tensor:
         embeddings = [self.model(column)["sentence_embedding"] for column in features]
         return sum(
-            weight * value_of(loss.compute_loss_from_embeddings(embeddings, labels))
+            weight * total(loss.compute_loss_from_embeddings(embeddings, labels))
             for loss, weight in self.entries.values()
         )
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @replayed
-def test_under_wrappers(
-    bert: Any, texts: Any, close: Callable[..., None], wrapper: str, options: dict[str, Any]
-) -> None:
+def test_under_wrappers(bert: Any, wrapper: str, options: dict[str, Any]) -> None:
     model = bert()
     if options and wrapper in ("layers", "2d"):
         with pytest.warns(UserWarning, match="AdaptiveLayerLoss is not compatible"):
@@ -223,45 +214,49 @@ def test_under_wrappers(
     results = []
     for inner in (WeightedLoss(model, entries, **options), Sum(model, entries)):
         random.seed(3)
-        results.append(gradients(WRAPPERS[wrapper](model, inner), texts(model), [scale, weight], factor=0.5))
-    close(*results, replayed=bool(options))
+        results.append(gradients(WRAPPERS[wrapper](model, inner), text_features(model), [scale, weight], factor=0.5))
+    assert_close(*results, replayed=bool(options))
     loss = WRAPPERS[wrapper](model, WeightedLoss(model, entries, **options))
-    assert component_names(loss) == list(loss(texts(model), LABELS))
+    assert component_names(loss) == list(loss(text_features(model), LABELS))
 
 
 @replayed
-def test_duplicates_of_several_losses_see_the_texts(
-    bert: Any, texts: Any, close: Callable[..., None], options: dict[str, Any]
-) -> None:
+def test_duplicates_of_several_losses_see_the_texts(bert: Any, options: dict[str, Any]) -> None:
     model = bert()
     features = [
         {key: value[[0, 1, 2, 2, 1]] if isinstance(value, Tensor) else value for key, value in column.items()}
-        for column in texts(model)
+        for column in text_features(model)
     ]
     entries = {
         name: (losses.MultipleNegativesRankingLoss(model, duplicates=name), weight)
         for name, weight in (("mask", 1.0), ("positive", 0.5), ("keep", 0.25))
     }
-    close(gradients(WeightedLoss(model, entries, **options), features), one_by_one(entries, features), bool(options))
+    assert_close(
+        gradients(WeightedLoss(model, entries, **options), features), one_by_one(entries, features), bool(options)
+    )
 
 
-def test_nested(bert: Any, texts: Any, close: Callable[..., None]) -> None:
+def test_nested(bert: Any) -> None:
     """A WeightedLoss is itself a loss that has compute_loss_from_embeddings, with duplicates in it, too."""
     model = bert()
     entries = {**mixed(model), "mask": (losses.MultipleNegativesRankingLoss(model, duplicates="mask"), 1.0)}
     outer = WeightedLoss(model, {"inner": (WeightedLoss(model, entries), 2.0)}, mini_batch_size=3)
-    close(gradients(outer, texts(model)), [2 * x for x in one_by_one(entries, texts(model))], replayed=True)
+    assert_close(
+        gradients(outer, text_features(model)),
+        [2 * x for x in one_by_one(entries, text_features(model))],
+        replayed=True,
+    )
 
 
-def test_a_subclass_may_compute_several_at_once_and_leave_some_out(bert: Any, texts: Any) -> None:
+def test_a_subclass_may_compute_several_at_once_and_leave_some_out(bert: Any) -> None:
     class Mine(WeightedLoss):
         def components(self, embeddings: list[Tensor], labels: Any) -> dict[str, Tensor]:
             return {"cosine": embeddings[0].sum(), "ranking": embeddings[1].sum()}
 
     model = bert()
     for options in CACHED[:2]:
-        result = Mine(model, mixed(model), **options)(texts(model), None)
-        expected = {"cosine": -2 * model(texts(model)[0])["sentence_embedding"].sum()}
+        result = Mine(model, mixed(model), **options)(text_features(model), None)
+        expected = {"cosine": -2 * model(text_features(model)[0])["sentence_embedding"].sum()}
         assert {name: bool(value) for name, value in result.items()} == {
             "ranking": True,
             "cosine": True,
@@ -271,17 +266,17 @@ def test_a_subclass_may_compute_several_at_once_and_leave_some_out(bert: Any, te
         assert torch.allclose(result["cosine"], expected["cosine"])
 
 
-def test_a_loss_that_lacks_labels_says_so_itself(bert: Any, texts: Any) -> None:
+def test_a_loss_that_lacks_labels_says_so_itself(bert: Any) -> None:
     model = bert()
     with pytest.raises(ValueError, match="AnglELoss requires labels"):
-        WeightedLoss(model, {"angle": (stock.AnglELoss(model), 1.0)})(texts(model), None)
+        WeightedLoss(model, {"angle": (stock.AnglELoss(model), 1.0)})(text_features(model), None)
 
 
-def test_a_value_that_is_no_scalar_is_refused(bert: Any, texts: Any) -> None:
+def test_a_value_that_is_no_scalar_is_refused(bert: Any) -> None:
     model = bert()
     loss = WeightedLoss(model, {"cos": (stock.CosineSimilarityLoss(model, nn.MSELoss(reduction="none")), 1.0)})
     with pytest.raises(ValueError, match=r"losses\['cos'\] must give a scalar.*\[7\]"):
-        loss(texts(model), LABELS)
+        loss(text_features(model), LABELS)
 
 
 class NeedsMore(nn.Module):
@@ -350,7 +345,7 @@ def test_bad_entries(bert: Any, entries: Any, error: type[Exception], message: s
         (torch.tensor(1.0, requires_grad=True), ValueError, "no nn.Parameter"),
     ],
 )
-def test_bad_weights(bert: Any, texts: Any, weight: Any, error: type[Exception], message: str) -> None:
+def test_bad_weights(bert: Any, weight: Any, error: type[Exception], message: str) -> None:
     model = bert()
     with pytest.raises(error, match=message):
         WeightedLoss(model, {"x": (stock.CosineSimilarityLoss(model), weight)})
@@ -358,7 +353,7 @@ def test_bad_weights(bert: Any, texts: Any, weight: Any, error: type[Exception],
         loss = WeightedLoss(model, {"x": (stock.CosineSimilarityLoss(model), 1.0)})
         loss.weights["x"] = weight
         with pytest.raises(error, match=message):
-            loss(texts(model), LABELS)
+            loss(text_features(model), LABELS)
 
 
 @pytest.mark.parametrize("options", [{"mini_batch_size": 0}, {"mini_batch_size": 2.5}, {"mini_batch_num_tokens": 0}])
@@ -369,17 +364,15 @@ def test_bad_mini_batches(bert: Any, options: dict[str, Any]) -> None:
 
 
 @replayed
-def test_copies_and_pickles_compute_the_same(
-    bert: Any, texts: Any, close: Callable[..., None], options: dict[str, Any]
-) -> None:
+def test_copies_and_pickles_compute_the_same(bert: Any, options: dict[str, Any]) -> None:
     model = bert()
     weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
     loss = WeightedLoss(model, mixed(model, (weight, 1, 1, 1)), **options)
-    expected = gradients(loss, texts(model), [weight])
+    expected = gradients(loss, text_features(model), [weight])
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert other.weights["ranking"] is not weight
         assert other.losses["cosine"].model is other.model
-        close(gradients(other, texts(model), [other.weights["ranking"]]), expected)
+        assert_close(gradients(other, text_features(model), [other.weights["ranking"]]), expected)
 
 
 def test_configuration_and_citations(bert: Any) -> None:
@@ -400,7 +393,6 @@ def test_configuration_and_citations(bert: Any) -> None:
 def test_in_the_trainer(bert: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     """Each term is logged, their sum is the loss, weights and scale are learned, a new model reaches every loss."""
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     model = bert(torch.float32)
     weight, scale = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(7.0))
@@ -410,23 +402,21 @@ def test_in_the_trainer(bert: Any, tmp_path: Path, options: dict[str, Any]) -> N
         "b": [f"answer number {i}" for i in range(32)],
         "score": [i / 32 for i in range(32)],
     }
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path),
+    data = Dataset.from_dict(pairs)
+    trainer = train(
+        model,
+        loss,
+        tmp_path,
+        data,
+        data,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=3,
         learning_rate=1e-2,
-        logging_steps=1,
         eval_strategy="steps",
         eval_steps=3,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
     )
-    data = Dataset.from_dict(pairs)
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, loss=loss)
-    trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 3
     for entry in logged:

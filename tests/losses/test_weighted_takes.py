@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,10 @@ from torch import Tensor, nn
 
 from sbert_kernels import losses
 from sbert_kernels.losses import WeightedLoss
+from support.embedded import Embedded
+from support.gradients import total, value_and_gradients
+from support.numbers import assert_close
+from support.texts import text_features
 
 ROWS, WIDTH = 7, 32
 # A new loss of sentence-transformers has to be put into one of the two tables below.
@@ -82,10 +85,10 @@ AT_THE_FIRST_BATCH = {"DenoisingAutoEncoderLoss": "DenoisingAutoEncoderLoss read
 
 
 @pytest.fixture
-def model(embedded: Any) -> nn.Module:
+def model() -> nn.Module:
     """Encodes vectors of texts by a linear map."""
 
-    class Linear(embedded):
+    class Linear(Embedded):
         device = torch.device("cpu")
 
         def __init__(self) -> None:
@@ -119,12 +122,8 @@ def transformer(bert: Any) -> Any:
 
 
 def gradients(loss: nn.Module, value: Any) -> list[Tensor]:
-    """A value, and what its backward pass leaves at every parameter of a loss and of its model."""
-    loss.zero_grad()
-    if isinstance(value, dict):
-        value = sum(value.values())
-    value.backward()
-    return [value.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in loss.parameters())]
+    """Returns a value, and what its backward pass leaves at every parameter of a loss and of its model."""
+    return value_and_gradients(lambda: total(value), loss.parameters())
 
 
 def test_every_class_is_known() -> None:
@@ -133,7 +132,7 @@ def test_every_class_is_known() -> None:
 
 @pytest.mark.filterwarnings("ignore:Labels and scores")
 @pytest.mark.parametrize("name", TAKEN)
-def test_equals_the_loss_alone(model: Any, close: Callable[..., None], name: str) -> None:
+def test_equals_the_loss_alone(model: Any, name: str) -> None:
     """Its value and all gradients, in one piece and over the gradient cache, in which labels may be embeddings too."""
     columns, labels, *options = TAKEN[name]
     loss = CLASSES[name](model, **(options[0] if options else {})).double()
@@ -150,7 +149,7 @@ def test_equals_the_loss_alone(model: Any, close: Callable[..., None], name: str
         own = gradients(weighted, weighted([dict(column) for column in features], labels))
         order = {id(parameter): index for index, parameter in enumerate(weighted.parameters())}
         own = [own[0], *(own[1 + order[id(parameter)]] for parameter in loss.parameters())]
-        close(own, alone, replayed=bool(cache))
+        assert_close(own, alone, replayed=bool(cache))
     assert model in loss.children()
 
 
@@ -164,12 +163,12 @@ def test_is_refused_with_the_reason(transformer: Any, name: str) -> None:
         WeightedLoss(transformer, {"entry": (CLASSES[name](transformer, *made), 1.0)})
 
 
-def test_a_loss_that_reads_the_tokens_says_so_at_the_first_batch(bert: Any, texts: Any) -> None:
+def test_a_loss_that_reads_the_tokens_says_so_at_the_first_batch(bert: Any) -> None:
     model = bert(torch.float32)
     loss = stock.DenoisingAutoEncoderLoss(model)
     weighted = WeightedLoss(model, {"entry": (loss, 1.0)})
     with pytest.raises(ValueError, match=AT_THE_FIRST_BATCH["DenoisingAutoEncoderLoss"]):
-        weighted(texts(model), None)
+        weighted(text_features(model), None)
     assert loss.encoder is model
 
 
@@ -189,11 +188,11 @@ class Own(nn.Module):
         return ((a - b).square().sum(1) * labels).mean() / self.encoder.get_embedding_dimension()
 
 
-def test_a_loss_with_a_forward_alone(model: Any, close: Callable[..., None]) -> None:
+def test_a_loss_with_a_forward_alone(model: Any) -> None:
     loss = Own(model)
     expected = gradients(loss, loss(columns_of(2), SCORES))
     weighted = WeightedLoss(model, {"own": (loss, 1.0)})
-    close(gradients(weighted, weighted(columns_of(2), SCORES)), expected)
+    assert_close(gradients(weighted, weighted(columns_of(2), SCORES)), expected)
     for optional, message in (
         ("attention_mask", "Own reads 'attention_mask' of the texts, but a WeightedLoss has"),
         ("copy", "Own encodes texts of its own making"),
@@ -204,9 +203,7 @@ def test_a_loss_with_a_forward_alone(model: Any, close: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize("package", [losses, stock])
-def test_a_teacher_s_embeddings_are_cut_with_those_of_the_model(
-    model: Any, close: Callable[..., None], package: Any
-) -> None:
+def test_a_teacher_s_embeddings_are_cut_with_those_of_the_model(model: Any, package: Any) -> None:
     """MatryoshkaLoss around the loss, with and without a gradient cache."""
     entries = {
         "teacher": (stock.MSELoss(model), 1.0),
@@ -220,7 +217,7 @@ def test_a_teacher_s_embeddings_are_cut_with_those_of_the_model(
         expected = [a + b for a, b in zip(expected, gradients(model, value), strict=True)]
     for cache in ({}, {"mini_batch_size": 3}):
         loss = package.MatryoshkaLoss(model, WeightedLoss(model, entries, **cache), [WIDTH, 8])
-        close(gradients(loss, loss(columns_of(2), TEACHER)), expected, replayed=bool(cache))
+        assert_close(gradients(loss, loss(columns_of(2), TEACHER)), expected, replayed=bool(cache))
 
 
 class ReadsTheModel(nn.Module):
@@ -237,20 +234,20 @@ class ReadsTheModel(nn.Module):
         return total * len(self.model) * (2.0 if self.model.training else 1.0) + first
 
 
-def test_a_loss_of_ones_own_sees_its_model_as_it_is(bert: Any, texts: Any) -> None:
+def test_a_loss_of_ones_own_sees_its_model_as_it_is(bert: Any) -> None:
     model = bert().eval()
     loss = ReadsTheModel(model)
-    alone = loss(texts(model), None)
-    mixed = WeightedLoss(model, {"own": (loss, 1.0)})(texts(model), None)
+    alone = loss(text_features(model), None)
+    mixed = WeightedLoss(model, {"own": (loss, 1.0)})(text_features(model), None)
     assert mixed["own"].item() == pytest.approx(alone.item(), rel=1e-12)
     assert loss.model is model
 
 
-def test_an_error_of_a_part_names_it(bert: Any, texts: Any) -> None:
+def test_an_error_of_a_part_names_it(bert: Any) -> None:
     model = bert()
     loss = WeightedLoss(model, {"triplets": (stock.TripletLoss(model), 1.0)})
     with pytest.raises(ValueError, match="not enough values") as raised:
-        loss(texts(model), None)
+        loss(text_features(model), None)
     if hasattr(raised.value, "__notes__"):
         assert raised.value.__notes__ == ["Raised by losses['triplets'], a TripletLoss."]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sbert_kernels import angle_loss, contrastive_loss, cosent_loss, pairwise_similarity, ranking_loss
+from support.contrastive import ALL_DIRECTIONS
 
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 ROWS, OTHER = torch.randn(4, 3), torch.randn(4, 5)
 CONTRASTIVE = [
     ({"queries": [[1.0]]}, TypeError, "queries must be a tensor, got list"),

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sbert_kernels import contrastive_loss, use_backend
-
-ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+from support.contrastive import ALL_DIRECTIONS
 
 
 @pytest.fixture(params=["blockwise", "reference"], autouse=True)

@@ -197,7 +197,7 @@ def test_operators_are_well_formed(compiled: None) -> None:
     real: list[tuple[Any, tuple[Any, ...]]] = [
         (compiled_ops.pairwise.default, (x, [y], [True, False, True])),
         (compiled_ops.pairwise_backward.default, (x, [y], scores, None, scores, [True, False])),
-        (compiled_ops.ranking.default, (scores, labels, None, None, 20.0, [True, True, False])),
+        (compiled_ops.ranking.default, (scores, labels, None, 20.0, [True, True, False])),
     ]
     for operator, arguments in real:
         torch.library.opcheck(operator, arguments, test_utils="test_schema")

@@ -1,4 +1,4 @@
-"""How an operation is computed. A backend is a package with a module an operation; this file chooses one per call.
+"""Chooses how an operation is computed. A backend is a package with a module an operation; one is chosen per call.
 
 `reference` is the definition in eager torch, the ground truth that the others are tested against; it is used only when
 asked for. `cpu` serves most of what lies on the CPU, where its C++ kernels are compiled, `triton` most of what lies on
@@ -8,67 +8,29 @@ a GPU, and `blockwise` everything.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 from .. import settings
 from ..logs import log_once
-from .triton import obstacle as triton_obstacle
+from ._backend import Backend, Problem
+from .blockwise import BlockwiseBackend
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 logger = logging.getLogger(__name__)
 
 OPERATIONS = ("contrastive", "ranking", "pairwise")
 
-
-def _not_on_cpu(device: str, by_name: bool) -> str | None:
-    return None if device == "cpu" else f"the inputs are on {device}"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What dispatch knows of a backend before it is imported."""
-
-    name: str
-    automatic: bool  # may be chosen without being asked for
-    summary: str
-    device: str | None = None  # the type of the device that it is made for; None: any
-    uses_autograd: bool = False  # to compute gradients
-    # Why it cannot run on a device ("cuda:0"), when it was asked for by its name or not.
-    obstacle: Callable[[str, bool], str | None] | None = None
-
-    operations: tuple[str, ...] = OPERATIONS
-
-    def module(self, operation: str) -> ModuleType:
-        """Its implementation of an operation: a function of that name, and what else the operation needs."""
-        return import_module(f".{self.name}.{operation}", __name__)
-
-    def unsupported(self, operation: str, problem: Any, by_name: bool = False, device: str = "cpu") -> str | None:
-        """Why the backend cannot serve a problem (None: the most usual one, on ``device``), or None.
-
-        ``by_name``: it was asked for, and may do what it would not be chosen for.
-        """
-        if self.obstacle is None:
-            return None
-        reason = self.obstacle(device if problem is None else str(problem.device), by_name)
-        return reason if reason is not None else self.module(operation).unsupported(problem)
-
-
 # In order of preference.
-BACKENDS = (
-    Backend("cpu", True, "C++ that stays in the cache", device="cpu", obstacle=_not_on_cpu),
-    Backend("triton", True, "fused kernels on a GPU", device="cuda", obstacle=triton_obstacle),
-    Backend("blockwise", True, "row blocks of torch ops, any device and dtype"),
-    Backend("reference", False, "eager torch, holds every matrix, the ground truth", uses_autograd=True),
-)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), BlockwiseBackend(), ReferenceBackend())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves a call, and why."""
+    """A backend that serves a call, and the reason why it was chosen."""
 
     backend: Backend
     reason: str
@@ -81,8 +43,21 @@ def _named(name: str, origin: str) -> Backend:
     raise ValueError(f"{origin}={name!r} is not a backend: expected one of {[b.name for b in BACKENDS]}.")
 
 
-def choose(operation: str, requested: str | None = None, problem: Any = None, device: str = "cpu") -> Choice:
-    """The backend for one call of ``operation``: the one asked for, else the first that serves it.
+def why_not(
+    backend: Backend, operation: str, problem: Problem | None, *, device: str = "cpu", by_name: bool = False
+) -> str | None:
+    """Returns why a backend cannot serve a problem, or None if it can.
+
+    Args:
+        problem: None stands for the most usual problem, on ``device``.
+        by_name: The backend was asked for by its name, and may do what it would not be chosen for.
+    """
+    reason = backend.why_not_on(device if problem is None else str(problem.device), by_name)
+    return reason if reason is not None else backend.why_not(operation, problem)
+
+
+def choose(operation: str, requested: str | None = None, problem: Problem | None = None, device: str = "cpu") -> Choice:
+    """Returns the backend for one call of ``operation``: the one asked for, else the first that serves it.
 
     Args:
         operation: One of :data:`OPERATIONS`.
@@ -101,17 +76,15 @@ def choose(operation: str, requested: str | None = None, problem: Any = None, de
         requested, origin = settings.get("backend"), "use_backend() or SBERT_KERNELS_BACKEND"
     if requested is not None:
         backend = _named(requested, origin)
-        if operation not in backend.operations:
-            raise ValueError(f"{origin}={requested!r} does not serve {operation!r}.")
-        reason = backend.unsupported(operation, problem, by_name=True, device=device)
+        reason = why_not(backend, operation, problem, device=device, by_name=True)
         if reason is not None:
             raise ValueError(f"{origin}={requested!r} cannot serve this call: {reason}.")
         return Choice(backend, f"asked for by {origin}")
     passed_over = ""
     for backend in BACKENDS:
-        if not backend.automatic or operation not in backend.operations:
+        if not backend.automatic:
             continue
-        reason = backend.unsupported(operation, problem, device=device)
+        reason = why_not(backend, operation, problem, device=device)
         if reason is None:
             return Choice(backend, f"first in order of preference: {backend.summary}{passed_over}")
         passed_over += f"; not {backend.name}: {reason}"
@@ -123,7 +96,7 @@ def choose(operation: str, requested: str | None = None, problem: Any = None, de
 def _log_passed_over(backend: Backend, operation: str, reason: str, device: str) -> None:
     """Log what the kernels that are made for a device do not serve: this problem, or one line for all of them."""
     line = f"{operation} is not computed by the {backend.name} kernels: {reason}."
-    if backend.unsupported(operation, None, device=device) == reason:
+    if why_not(backend, operation, None, device=device) == reason:
         line = (
             f"The {backend.name} kernels are not in use: {reason}. Torch operations compute the same in blocks "
             "instead: without N x N matrices, but mostly no faster than sentence-transformers' own losses."

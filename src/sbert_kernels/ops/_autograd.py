@@ -1,4 +1,4 @@
-"""What the autograd functions of the operations share: scalars whose gradients are known with their value, once."""
+"""Parts that the autograd functions of the operations share; all are differentiable once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
 
 def learnable(name: str, inputs: Sequence[Any]) -> list[Tensor]:
-    """Those of a function's inputs that a gradient is to reach.
+    """Returns the inputs of a function that a gradient is to reach.
 
     Raises:
         RuntimeError: one of them carries a forward-mode derivative, or is inside of a torch.func transform.
@@ -27,16 +26,20 @@ def learnable(name: str, inputs: Sequence[Any]) -> list[Tensor]:
     return [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
 
 
-def handle_of(tensors: Sequence[Tensor]) -> Tensor:
-    """A zero that depends on all of these tensors, for the graph of a gradient to hang on, without keeping them alive.
+def double_backward_guard(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns 0 * sum(tensors), so that a second derivative raises instead of returning zero.
 
-    Whichever inputs or parameters a second derivative is asked for, its way to them leads through this.
+    A gradient is made to depend on it: whichever of the tensors a second derivative is asked for, its way leads through
+    here, to the node that raises. It is a sum of empty slices, which keeps no tensor alive.
     """
-    return sum((t[:0] if t.dim() else t.expand(0)).sum() for t in tensors)
+    guard = tensors[0].new_zeros(())
+    for tensor in tensors:
+        guard = guard + (tensor[:0] if tensor.dim() else tensor.expand(0)).sum()
+    return guard
 
 
 def destinations_of(tensors: Sequence[Any]) -> list[tuple[torch.dtype, torch.device] | None]:
-    """Type and device that each input's gradient must have."""
+    """Returns the type and the device that each input's gradient must have; None for an input that is no tensor."""
     return [(t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors]
 
 
@@ -46,30 +49,31 @@ def scaled(
     destinations: Sequence[tuple[torch.dtype, torch.device] | None],
     wanted: Sequence[bool],
     grad_output: Tensor,
-    handle: Tensor,
+    guard: Tensor,
 ) -> list[Tensor | None]:
-    """Saved gradients of a loss, times that of the loss, as its backward pass returns them."""
+    """Returns the saved gradients of a loss times the gradient of the loss, as its backward pass returns them."""
     in_place = _graph_is_freed()
     results: list[Tensor | None] = []
     for gradient, destination, want in zip(gradients, destinations, wanted, strict=True):
         if gradient is None or not want:
             results.append(None)
             continue
+        assert destination is not None  # what has a gradient is a tensor
         dtype, device = destination
         product = gradient.mul_(grad_output) if in_place else gradient * grad_output
         results.append(product.to(dtype=dtype, device=device))
-    return once(name, results, handle)
+    return once(name, results, guard)
 
 
-def once(name: str, gradients: list[Tensor | None], handle: Tensor) -> list[Tensor | None]:
-    """Gradients that raise when they are differentiated themselves."""
+def once(name: str, gradients: list[Tensor | None], guard: Tensor) -> list[Tensor | None]:
+    """Returns the gradients, which raise when they are differentiated themselves."""
     if torch.is_grad_enabled():  # create_graph: a gradient without a node would look like a constant
-        return [None if g is None else _NoSecondDerivative.apply(name, g, handle) for g in gradients]
+        return [None if g is None else _NoSecondDerivative.apply(name, g, guard) for g in gradients]
     return gradients
 
 
 def _graph_is_freed() -> bool:
-    """Whether the backward pass that runs now is the last to see the saved tensors, and may use their memory."""
+    """Returns True if no backward pass will see the saved tensors again, so that this one may overwrite them."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return not torch.compiler.is_compiling() and keeps_graph is not None and not keeps_graph()
 
@@ -78,12 +82,12 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The identity on a gradient; raises when anything is differentiated through it."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, name: str, gradient: Tensor, handle: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, gradient: Tensor, guard: Tensor) -> Tensor:
         ctx.name = name
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             f"{ctx.name} is differentiable once; for a second derivative (a gradient penalty) use the stock loss."
         )

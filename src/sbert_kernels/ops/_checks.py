@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,29 +15,30 @@ from ..logs import described
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ValueError unless the value is one of those that are allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
 
 
-def number(name: str, value: Any) -> Real:
-    """A number as Python has it, from whatever holds one: a number of Python's or numpy's, an array or a tensor of one
-    element."""
+def number(name: str, value: Any) -> float:
+    """Returns a number as Python has it, from a number of Python's or numpy's, or an array or tensor of one element."""
     plain = value
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
         plain = value.item()
     if not isinstance(plain, Real):
         raise TypeError(f"{name} must be a number, got {described(value)}.")
-    return plain
+    return cast(float, plain)  # a number of any of Python's kinds
 
 
-def constant(name: str, value: Any) -> Real:
-    """The same, of an option that gets no gradient here."""
+def constant(name: str, value: Any) -> float:
+    """Returns the number as :func:`number` does, and raises ValueError if it is a tensor that expects a gradient."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} requires a gradient, which it does not get: give a number, or its detach().")
     return number(name, value)
 
 
 def floating(name: str, value: Any) -> None:
+    """Raise TypeError unless the value is a dense tensor of floating-point numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
     if value.layout != torch.strided:
@@ -47,7 +48,7 @@ def floating(name: str, value: Any) -> None:
 
 
 def vectors(name: str, value: Any, filled: bool = True) -> None:
-    """A matrix of embeddings; ``filled``: of at least one row."""
+    """Raise an error unless the value is a matrix of embeddings; ``filled``: it must have a row."""
     floating(name, value)
     if value.dim() != 2 or value.shape[1] == 0 or (filled and value.shape[0] == 0):
         wanted = "[rows, dimension] and not be empty" if filled else "[rows, dimension]"
@@ -55,18 +56,19 @@ def vectors(name: str, value: Any, filled: bool = True) -> None:
 
 
 def columns(name: str, value: Any, wanted: str, filled: bool = True) -> tuple[Tensor, ...]:
-    """One matrix, or a sequence of matrices, as a tuple."""
+    """Returns one matrix of embeddings, or a sequence of them, as a tuple."""
     if not isinstance(value, (Tensor, Sequence)):
         raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}.")
-    columns = (value,) if isinstance(value, Tensor) else tuple(value)
-    if not columns:
+    found = (value,) if isinstance(value, Tensor) else tuple(value)
+    if not found:
         raise ValueError(f"{name} is empty: {wanted}.")
-    for index, column in enumerate(columns):
+    for index, column in enumerate(found):
         vectors(f"{name}[{index}]", column, filled)
-    return columns
+    return found
 
 
 def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless two matrices can be used together: same dimension and device, matching dtypes."""
     for attribute, got, wanted in (
         ("dimension", value.shape[1], other.shape[1]),
         ("dtype", value.dtype, other.dtype),
@@ -79,6 +81,7 @@ def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def row_weights(value: Any, rows: int, device: torch.device) -> None:
+    """Raise an error unless the value is None or a weight for each row, [rows]."""
     if value is None:
         return
     floating("weights", value)
@@ -86,8 +89,8 @@ def row_weights(value: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"weights must have shape [{rows}] on {device}, got {list(value.shape)} on {value.device}.")
 
 
-def scale_type(scale: Any) -> Real | Tensor:
-    """A scale as a Python number, or as the tensor that it is; checked as far as that reads no tensor's value."""
+def scale_type(scale: Any) -> float | Tensor:
+    """Returns a scale as a Python number, or as the tensor that it is, whose value is not read."""
     if not isinstance(scale, Tensor):
         return number("scale", scale)
     if scale.dim() != 0 or not scale.is_floating_point():

@@ -1,27 +1,24 @@
-"""From a problem to what a backend makes of it."""
+"""The way from a problem to the backend that computes it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from .. import backends
+from ..backends import Backend
+from ..backends._backend import Problem
 from ..values import without_autocast
 
 
-def evaluate(operation: str, backend: str | None, problem: Any, *arguments: Any, function: str | None = None) -> Any:
-    """What the backend of this name, or the first that serves the problem, gives for an operation.
+@contextmanager
+def backend_for(operation: str, requested: str | None, problem: Problem) -> Iterator[Backend]:
+    """Gives the backend of this name, or the first that serves the problem; it runs without autograd and autocast.
 
-    ``function`` names another function of the operation's module than that of the operation's name.
+    Under autocast the embeddings arrive in low precision; how they are multiplied here is the backend's choice.
     """
-    return computed_by(backends.choose(operation, backend, problem).backend, operation, problem, arguments, function)
-
-
-def computed_by(
-    backend: backends.Backend, operation: str, problem: Any, arguments: tuple[Any, ...], function: str | None = None
-) -> Any:
-    compute = getattr(backend.module(operation), function or operation)
-    # Under autocast the embeddings arrive in low precision; what the products here use is the backend's choice.
+    chosen = backends.choose(operation, requested, problem).backend
     with without_autocast(problem.device), torch.no_grad():
-        return compute(problem, *arguments)
+        yield chosen

@@ -69,14 +69,14 @@ def check_batches(what: str, columns: Sequence[Tensor]) -> None:
 def gather_rows(
     scores: Tensor, labels: Tensor, weights: Tensor | None, label_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores, comparable labels and weights of the pairs of all ranks, [sum of n], in the order of the ranks.
+    """Returns scores, comparable labels and weights of the pairs of all ranks, [sum of n], in the order of the ranks.
 
     ``label_dtype`` is that of the labels before they became comparable.
 
     The gradient of this rank's scores (and weights) is its part of that of all, times the number of ranks: every rank
     computes the same loss, and the mean of their gradients is to be that of the loss.
 
-    Without a process group of several ranks, the arguments.
+    Without a process group of several ranks it returns the arguments.
 
     Raises:
         ValueError: the ranks disagree on a dtype or on whether there are weights; on every rank.
@@ -104,7 +104,7 @@ def gather_rows(
         wide = column.detach()
         row[: len(wide)] = wide if wide.dtype == torch.int64 else wide.to(torch.float64).view(torch.int64)
     everyone = _all_gather(packed)  # (W, columns, most pairs of a rank)
-    gathered: list[Tensor | None] = []
+    gathered: list[Tensor] = []
     begin = sum(counts[: dist.get_rank()])
     for index, column in enumerate(columns):
         joined = torch.cat([rows[index, :count] for rows, count in zip(everyone, counts, strict=True)])
@@ -115,7 +115,7 @@ def gather_rows(
 
 
 def _all_gather(value: Tensor) -> Tensor:
-    """(W, *shape) of every rank's tensor, all of one shape."""
+    """Returns the tensors of all ranks, which have one shape, as (W, *shape)."""
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value)
     return torch.stack(parts)

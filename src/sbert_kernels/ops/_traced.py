@@ -7,50 +7,79 @@ no values at all, the shapes that each operator knows of its results are the res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, Optional
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Optional, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from ..backends import Backend
+from ..backends._backend import Problem
 from ..problems import ranking as ranking_contract
-from ..problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, check_scale
+from ..problems.contrastive import ContrastiveProblem, ContrastiveResult, ContrastiveSpec, Needs, check_scale
 from ..problems.pairwise import PairwiseGradients, PairwiseProblem
 from ..problems.ranking import RankingProblem, RankingResult
-from ._dispatch import computed_by, evaluate
+from ..problems.scale import Scale
+from ._dispatch import backend_for
+
+Input = TypeVar("Input", Tensor, Tensor | float | None)
 
 
-def distinct(inputs: Sequence[Tensor | float | None]) -> list[Tensor | float | None]:
-    """The inputs, a tensor that plays two roles as a view of itself in the second: a graph takes no tensor twice."""
-    result: list[Tensor | float | None] = []
+def distinct(inputs: Sequence[Input]) -> list[Input]:
+    """Returns the inputs, with a view in place of a tensor that came before: a graph takes no tensor twice."""
+    result: list[Input] = []
     for value in inputs:
         again = isinstance(value, Tensor) and any(value is other for other in result)
-        result.append(value.view_as(value) if again else value)
+        result.append(value.view_as(value) if isinstance(value, Tensor) and again else value)
     return result
 
 
+@contextmanager
+def _backend_in_graph(
+    operation: str, requested: str | None, problem: Problem, needs: Sequence[bool]
+) -> Iterator[Backend]:
+    with backend_for(operation, requested, problem) as backend:
+        if backend.uses_autograd and any(needs):
+            raise RuntimeError(
+                f"backend {backend.name!r} differentiates by autograd, which is off inside a compiled graph: call it "
+                "outside of torch.compile, or choose another backend."
+            )
+        yield backend
+
+
+def _filled(like: Tensor, results: Sequence[Tensor | None]) -> list[Tensor]:
+    """Returns the results of an operator, which cannot return None: an empty tensor stands for it."""
+    return [like.new_empty(0) if result is None else result for result in results]
+
+
+def _wanted(results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Returns the gradients that :func:`_filled` was given."""
+    return [result if need else None for result, need in zip(results, needs, strict=True)]
+
+
 def contrastive(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> ContrastiveResult:
-    """The contrastive operation, where no value can be read."""
-    values = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    scale = values.pop("scale")
-    scale_is_tensor = isinstance(scale, Tensor)
-    values["directions"] = ",".join(values["directions"])
-    for name in ("documents", "guide_documents", "dims", "dim_weights"):
-        values[name] = list(values[name])
-    for name in ("hardness_strength", "margin"):
-        values[name] = float(values[name])
+    """Returns the result of the contrastive operation, where no value can be read."""
+    words, numbers = problem.spec.encoded()
+    scale = problem.scale.tensor
     loss, *gradients = _contrastive_loss(
-        **values,
-        scale=1.0 if scale_is_tensor else float(scale),
-        scale_tensor=scale if scale_is_tensor else None,
+        queries=problem.queries,
+        documents=list(problem.documents),
+        all_queries=problem.all_queries,
+        weights=problem.weights,
+        query_ids=problem.query_ids,
+        document_ids=problem.document_ids,
+        guide_queries=problem.guide_queries,
+        guide_documents=list(problem.guide_documents),
+        scale=problem.scale.read() if scale is None else 1.0,
+        scale_tensor=scale,
+        row_offset=problem.row_offset,
+        spec=words,
+        spec_numbers=numbers,
         backend=backend,
         needs=list(needs),
     )
-    return ContrastiveResult(
-        loss, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    )
+    return ContrastiveResult(loss, *_wanted(gradients, needs))
 
 
 # The schema is read from the annotations, in which "X | None" is not known to every supported version of torch.
@@ -59,70 +88,36 @@ def _contrastive_loss(
     queries: Tensor,
     documents: Sequence[Tensor],
     all_queries: Optional[Tensor],  # noqa: UP045
-    scale: float,
-    scale_tensor: Optional[Tensor],  # noqa: UP045
-    similarity: str,
-    directions: str,
-    partition_mode: str,
-    hardness_mode: Optional[str],  # noqa: UP045
-    hardness_strength: float,
     weights: Optional[Tensor],  # noqa: UP045
     query_ids: Optional[Tensor],  # noqa: UP045
     document_ids: Optional[Tensor],  # noqa: UP045
-    duplicates: str,
     guide_queries: Optional[Tensor],  # noqa: UP045
     guide_documents: Sequence[Tensor],
-    margin_strategy: str,
-    margin: float,
+    scale: float,
+    scale_tensor: Optional[Tensor],  # noqa: UP045
     row_offset: int,
-    dims: Sequence[int],
-    dim_weights: Sequence[float],
+    spec: str,  # all options, see problems/_spec.py: a new one changes no signature
+    spec_numbers: Sequence[float],
     backend: Optional[str],  # noqa: UP045
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    if scale_tensor is not None and scale_tensor.device.type == "cpu":
-        check_scale(scale_tensor.item())
     problem = ContrastiveProblem(
         queries=queries,
         documents=tuple(documents),
         all_queries=all_queries,
-        scale=scale if scale_tensor is None else scale_tensor,
-        similarity=similarity,
-        directions=tuple(directions.split(",")),
-        partition_mode=partition_mode,
-        hardness_mode=hardness_mode,
-        hardness_strength=hardness_strength,
         weights=weights,
         query_ids=query_ids,
         document_ids=document_ids,
-        duplicates=duplicates,
         guide_queries=guide_queries,
         guide_documents=tuple(guide_documents),
-        margin_strategy=margin_strategy,
-        margin=margin,
+        scale=Scale(scale if scale_tensor is None else scale_tensor),
         row_offset=row_offset,
-        dims=tuple(dims),
-        dim_weights=tuple(dim_weights),
+        spec=ContrastiveSpec.decoded(spec, list(spec_numbers)),
     )
-    result = _with_gradients("contrastive", backend, problem, Needs(*needs))
-    return [problem.queries.new_empty(0) if x is None else x for x in result]
-
-
-def _with_gradients(
-    operation: str,
-    backend: str | None,
-    problem: Any,
-    needs: Sequence[bool],
-    *arguments: Any,
-    function: str | None = None,
-) -> Any:
-    chosen = backends.choose(operation, backend, problem).backend
-    if chosen.uses_autograd and any(needs):
-        raise RuntimeError(
-            f"backend {chosen.name!r} differentiates by autograd, which is off inside a compiled graph: call it "
-            "outside of torch.compile, or choose another backend."
-        )
-    return computed_by(chosen, operation, problem, (*arguments, needs), function)
+    if problem.scale.value is not None:
+        check_scale(problem.scale.value)
+    with _backend_in_graph("contrastive", backend, problem, needs) as chosen:
+        return _filled(queries, chosen.contrastive(problem, Needs(*needs)))
 
 
 @_contrastive_loss.register_fake
@@ -147,18 +142,18 @@ def _shapes(queries, documents, all_queries, *options):
 
 
 def ranking(problem: RankingProblem, backend: str | None, needs: ranking_contract.Needs) -> RankingResult:
-    """The ranking operation, where no value can be read."""
-    scale_is_tensor = isinstance(problem.scale, Tensor)
+    """Returns the result of the ranking operation, where no value can be read."""
+    scale = problem.scale.tensor
     loss, *gradients = _ranking_loss(
-        problem.scores,
-        problem.labels,
-        1.0 if scale_is_tensor else float(problem.scale),
-        problem.scale if scale_is_tensor else None,
-        problem.weights,
-        backend,
-        list(needs),
+        scores=problem.scores,
+        labels=problem.labels,
+        scale=problem.scale.read() if scale is None else 1.0,
+        scale_tensor=scale,
+        weights=problem.weights,
+        backend=backend,
+        needs=list(needs),
     )
-    return RankingResult(loss, *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)))
+    return RankingResult(loss, *_wanted(gradients, needs))
 
 
 @torch.library.custom_op("sbert_kernels::ranking_loss", mutates_args=())
@@ -171,10 +166,10 @@ def _ranking_loss(
     backend: Optional[str],  # noqa: UP045
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    problem = RankingProblem(scores, labels, scale if scale_tensor is None else scale_tensor, weights)
+    problem = RankingProblem(scores, labels, Scale(scale if scale_tensor is None else scale_tensor), weights)
     ranking_contract.check_values(problem)
-    result = _with_gradients("ranking", backend, problem, ranking_contract.Needs(*needs))
-    return [scores.new_empty(0) if x is None else x for x in result]
+    with _backend_in_graph("ranking", backend, problem, needs) as chosen:
+        return _filled(scores, chosen.ranking(problem, ranking_contract.Needs(*needs)))
 
 
 @_ranking_loss.register_fake
@@ -190,13 +185,15 @@ def _ranking_shapes(scores, labels, scale, scale_tensor, weights, backend, needs
 
 
 def pairwise(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]:
-    """The scores of the pairwise operation, where no value can be read."""
+    """Returns the scores of the pairwise operation, where no value can be read."""
     return tuple(_pairwise(problem.x, list(problem.columns), ",".join(problem.similarities), backend))
 
 
 @torch.library.custom_op("sbert_kernels::pairwise_similarity", mutates_args=())
 def _pairwise(x: Tensor, columns: Sequence[Tensor], similarities: str, backend: Optional[str]) -> list[Tensor]:  # noqa: UP045
-    return list(evaluate("pairwise", backend, PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))))
+    problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
+    with backend_for("pairwise", backend, problem) as chosen:
+        return list(chosen.pairwise(problem))
 
 
 @_pairwise.register_fake
@@ -209,11 +206,11 @@ def _pairwise_shapes(x, columns, similarities, backend):
 def pairwise_gradients(
     problem: PairwiseProblem, backend: str | None, gradients: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> PairwiseGradients:
-    """The gradients of the pairwise operation, where no value can be read."""
+    """Returns the gradients of the pairwise operation, where no value can be read."""
     given = [(name, g) for name, g in zip(problem.similarities, gradients, strict=True) if g is not None]
     names, tensors = zip(*given, strict=True)
     found = _pairwise_gradients(problem.x, list(problem.columns), ",".join(names), list(tensors), backend, list(needs))
-    x, *columns = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    x, *columns = _wanted(found, needs)
     return PairwiseGradients(x, tuple(columns))
 
 
@@ -227,8 +224,9 @@ def _pairwise_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
-    flow = _with_gradients("pairwise", backend, problem, needs, gradients, function="pairwise_gradients")
-    return [x.new_empty(0) if gradient is None else gradient for gradient in (flow.x, *flow.columns)]
+    with _backend_in_graph("pairwise", backend, problem, needs) as chosen:
+        found = chosen.pairwise_gradients(problem, gradients, needs)
+    return _filled(x, (found.x, *found.columns))
 
 
 @_pairwise_gradients.register_fake

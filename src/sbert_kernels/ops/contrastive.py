@@ -18,57 +18,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..integers import as_integer
 from ..problems import contrastive as contract
-from ..problems.contrastive import ContrastiveProblem, Needs
+from ..problems.contrastive import ContrastiveProblem, ContrastiveSpec, Needs
+from ..problems.scale import Scale
 from ..values import readable
 from . import _checks as checks
 from . import _traced
-from ._autograd import destinations_of, handle_of, learnable, scaled
-from ._dispatch import evaluate
+from ._autograd import destinations_of, double_backward_guard, learnable, scaled
+from ._dispatch import backend_for
 
 
 class _Contrastive(torch.autograd.Function):
-    """Tensors that may carry a gradient are arguments of their own; everything else rides in the problem."""
+    """The loss with its gradients: tensors that may get one are arguments, everything else is in the problem."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         problem: ContrastiveProblem,
         backend: str | None,
-        handle: Tensor,  # (), see handle_of
+        guard: Tensor,  # (), see double_backward_guard
         *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
     ) -> Tensor:
         queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[3:]
         needs = Needs(queries, any(documents), all_queries, scale, weights)
         result = _run(problem, backend, needs)
         # Saved in the accumulators' dtype, not the inputs': a gradient scaler multiplies before the rounding.
-        ctx.save_for_backward(
-            handle, result.queries, result.all_queries, result.scale, result.weights, result.documents
-        )
+        ctx.save_for_backward(guard, result.queries, result.all_queries, result.scale, result.weights, result.documents)
         ctx.document_rows = [len(column) for column in problem.documents]
         ctx.destinations = destinations_of(tensors)
         return result.loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        handle, *gradients, documents = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        guard, *gradients, documents = ctx.saved_tensors
         gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
         wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *scaled("contrastive_loss", gradients, ctx.destinations, wanted, grad_output, handle)
+        return None, None, None, *scaled("contrastive_loss", gradients, ctx.destinations, wanted, grad_output, guard)
 
 
 def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
     if not readable(*problem.tensors()):
         return _traced.contrastive(problem, backend, needs)
-    return evaluate("contrastive", backend, problem, needs)
+    with backend_for("contrastive", backend, problem) as chosen:
+        return chosen.contrastive(problem, needs)
 
 
 def contrastive_loss(
@@ -95,7 +94,9 @@ def contrastive_loss(
     matryoshka_weights: Sequence[float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """In-batch-negatives softmax cross-entropy of (query, document, hard negatives...) rows, never holding N x M.
+    """Returns the in-batch-negatives softmax cross-entropy of (query, document, hard negatives...) rows.
+
+    The N x M matrix of similarities is computed in blocks and never held.
 
     Differentiable once in ``queries``, ``documents``, ``all_queries``, and in ``scale`` and ``weights`` where they are
     tensors; a second derivative raises. Deterministic.
@@ -164,12 +165,18 @@ def contrastive_loss(
         matryoshka_dims=matryoshka_dims,
         matryoshka_weights=matryoshka_weights,
     )
-    inputs = (problem.queries, problem.all_queries, problem.scale, problem.weights, *problem.documents)
+    inputs: Sequence[Tensor | float | None] = (
+        problem.queries,
+        problem.all_queries,
+        problem.scale.given,
+        problem.weights,
+        *problem.documents,
+    )
     tensors = learnable("contrastive_loss", inputs)
     if tensors:
         if not readable(*problem.tensors()):
             inputs = _traced.distinct(inputs)
-        return _Contrastive.apply(problem, backend, handle_of(tensors), *inputs)
+        return _Contrastive.apply(problem, backend, double_backward_guard(tensors), *inputs)
     return _run(problem, backend, Needs()).loss
 
 
@@ -177,119 +184,159 @@ def _validated(
     *,
     queries: Tensor,
     documents: Tensor | Sequence[Tensor],
-    guide_documents: Tensor | Sequence[Tensor] | None,
+    scale: float | Tensor,
+    similarity: str,
     directions: Sequence[str],
+    partition_mode: str,
+    hardness_mode: str | None,
+    hardness_strength: float,
+    weights: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+    duplicates: str,
+    guide_queries: Tensor | None,
+    guide_documents: Tensor | Sequence[Tensor] | None,
+    margin_strategy: str,
+    margin: float,
+    all_queries: Tensor | None,
+    row_offset: int,
     matryoshka_dims: Sequence[int] | None,
     matryoshka_weights: Sequence[float] | None,
-    **options: Any,
 ) -> ContrastiveProblem:
-    """The problem, or the error that says which argument cannot be served."""
+    """Returns the problem, or raises the error that says which argument cannot be served."""
     checks.vectors("queries", queries)
     columns = checks.columns("documents", documents, "expected the positives, then a tensor for each negatives column")
     for index, column in enumerate(columns):
         checks.alike(f"documents[{index}]", column, "queries", queries)
-    n, world = len(queries), len(columns[0])
 
-    checks.one_of("similarity", options["similarity"], contract.SIMILARITIES)
-    directions = (directions,) if isinstance(directions, str) else tuple(directions)
-    for direction in directions:
-        checks.one_of("directions", direction, contract.DIRECTIONS)
-    if "query_to_doc" not in directions:
-        raise ValueError(f"directions must contain 'query_to_doc', which holds the positive pair; got {directions}.")
-    checks.one_of("partition_mode", options["partition_mode"], contract.PARTITION_MODES)
-    without_positive = [d for d in directions if d in ("query_to_query", "doc_to_doc")]
-    if options["partition_mode"] == "per_direction" and without_positive:
-        raise ValueError(
-            f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
-        )
-    checks.one_of("hardness_mode", options["hardness_mode"], contract.HARDNESS_MODES)
-    options["hardness_strength"] = checks.constant("hardness_strength", options["hardness_strength"])
+    checks.one_of("similarity", similarity, contract.SIMILARITIES)
+    directions = _directions(directions, partition_mode)
+    checks.one_of("hardness_mode", hardness_mode, contract.HARDNESS_MODES)
+    hardness_strength = checks.constant("hardness_strength", hardness_strength)
     # A comparison with it decides, so its gradient is 0 whatever it is.
-    options["margin"] = checks.number("margin", options["margin"])
-    if not 0 <= options["hardness_strength"] < math.inf:
-        raise ValueError(f"hardness_strength must be a number >= 0, got {options['hardness_strength']}.")
-    checks.one_of("margin_strategy", options["margin_strategy"], contract.MARGIN_STRATEGIES)
-    if not abs(options["margin"]) < math.inf:
-        raise ValueError(f"margin must be a finite number, got {options['margin']}.")
-    options["scale"] = _scale(options["scale"])
+    margin = checks.number("margin", margin)
+    if not 0 <= hardness_strength < math.inf:
+        raise ValueError(f"hardness_strength must be a number >= 0, got {hardness_strength}.")
+    checks.one_of("margin_strategy", margin_strategy, contract.MARGIN_STRATEGIES)
+    if not abs(margin) < math.inf:
+        raise ValueError(f"margin must be a finite number, got {margin}.")
+    checked_scale = _scale(scale)
 
-    offset = options["row_offset"]
-    if not isinstance(offset, Integral) or offset < 0 or offset + n > world:
-        if isinstance(offset, Integral) and offset == 0:
-            raise ValueError(
-                f"documents[0], the positives, has {world} rows, fewer than the {n} of queries: each needs its own."
-            )
-        raise ValueError(
-            f"row_offset={offset} does not fit: the {n} rows need positives row_offset .. row_offset + {n} - 1, and "
-            f"documents[0] has {world} rows."
-        )
-    aligned = options["hardness_mode"] is not None and options["hardness_strength"] > 0
-    guided = options["guide_queries"] is not None
+    _check_offset(row_offset, len(queries), len(columns[0]))
+    knows_whose = hardness_mode is not None and hardness_strength > 0
     # Guided, doc_to_doc looks at the positives only.
-    if (aligned or ("doc_to_doc" in directions and not guided)) and any(len(column) != world for column in columns):
+    knows_whose = knows_whose or ("doc_to_doc" in directions and guide_queries is None)
+    if knows_whose and any(len(column) != len(columns[0]) for column in columns):
         raise ValueError(
             f"documents have {[len(c) for c in columns]} rows: 'doc_to_doc' and hardness weighting need as many "
             "rows in each negatives column as there are positives, to know whose negatives they are."
         )
-    all_queries = options["all_queries"]
-    if all_queries is not None:
-        checks.vectors("all_queries", all_queries)
-        checks.alike("all_queries", all_queries, "queries", queries)
-        if len(all_queries) != world:
-            raise ValueError(f"all_queries has {len(all_queries)} rows, expected {world}, as many as documents[0].")
-    elif world != n and not guided and ("query_to_query" in directions or "doc_to_query" in directions):
-        raise ValueError(
-            f"all_queries is required for directions {directions} when documents[0] has more rows ({world}) than "
-            f"queries ({n})."
-        )
-    checks.row_weights(options["weights"], len(queries), queries.device)
-    _ids(options, directions, n if all_queries is None else world, sum(map(len, columns)), queries.device)
+    _check_all_queries(all_queries, queries, len(columns[0]), directions, guided=guide_queries is not None)
+    checks.row_weights(weights, len(queries), queries.device)
+    query_columns = len(queries if all_queries is None else all_queries)
+    needs_query_ids = "query_to_query" in directions or "doc_to_query" in directions
+    checks.one_of("duplicates", duplicates, contract.DUPLICATES)
+    for name, ids, rows, needed in (
+        ("query_ids", query_ids, query_columns, needs_query_ids),
+        ("document_ids", document_ids, sum(map(len, columns)), True),
+    ):
+        _check_ids(name, ids, rows, queries.device, duplicates if needed else "keep")
     dims, dim_weights = _prefixes(matryoshka_dims, matryoshka_weights, queries.shape[1])
     return ContrastiveProblem(
         queries=queries,
         documents=columns,
-        directions=directions,
-        dims=dims,
-        dim_weights=dim_weights,
-        guide_documents=_guide(options["guide_queries"], guide_documents, all_queries, queries, columns),
-        **options,
+        all_queries=all_queries,
+        weights=weights,
+        query_ids=query_ids,
+        document_ids=document_ids,
+        guide_queries=guide_queries,
+        guide_documents=_guide(guide_queries, guide_documents, all_queries, queries, columns),
+        scale=checked_scale,
+        row_offset=row_offset,
+        spec=ContrastiveSpec(
+            similarity=similarity,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+            duplicates=duplicates,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            dims=dims,
+            dim_weights=dim_weights,
+        ),
     )
 
 
-def _scale(scale: Any) -> Real | Tensor:
-    scale = checks.scale_type(scale)
+def _directions(given: Sequence[str], partition_mode: str) -> tuple[str, ...]:
+    directions = (given,) if isinstance(given, str) else tuple(given)
+    for direction in directions:
+        checks.one_of("directions", direction, contract.DIRECTIONS)
+    if "query_to_doc" not in directions:
+        raise ValueError(f"directions must contain 'query_to_doc', which holds the positive pair; got {directions}.")
+    checks.one_of("partition_mode", partition_mode, contract.PARTITION_MODES)
+    without_positive = [d for d in directions if d in ("query_to_query", "doc_to_doc")]
+    if partition_mode == "per_direction" and without_positive:
+        raise ValueError(
+            f"partition_mode='per_direction' needs directions with the positive pair; {without_positive} have none."
+        )
+    return directions
+
+
+def _scale(given: Any) -> Scale:
+    scale = Scale(checks.scale_type(given))
     # On a device the value is left unread: reading it would wait for everything before it. A compiler can't read it
     # either; the operator in its graph does.
-    if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and readable(scale)):
-        contract.check_scale(checks.number("scale", scale))
+    if scale.tensor is None or (scale.on_device is None and readable(scale.tensor)):
+        contract.check_scale(checks.number("scale", given))
     return scale
 
 
-def _ids(
-    options: dict[str, Any], directions: tuple[str, ...], query_columns: int, documents: int, device: torch.device
+def _check_offset(offset: Any, rows: int, positives: int) -> None:
+    whole = isinstance(offset, Integral)
+    if whole and offset >= 0 and offset + rows <= positives:
+        return
+    if whole and offset == 0:
+        raise ValueError(
+            f"documents[0], the positives, has {positives} rows, fewer than the {rows} of queries: each needs its own."
+        )
+    raise ValueError(
+        f"row_offset={offset} does not fit: the {rows} rows need positives row_offset .. row_offset + {rows} - 1, and "
+        f"documents[0] has {positives} rows."
+    )
+
+
+def _check_all_queries(
+    all_queries: Tensor | None, queries: Tensor, positives: int, directions: tuple[str, ...], guided: bool
 ) -> None:
-    checks.one_of("duplicates", options["duplicates"], contract.DUPLICATES)
-    needed = {
-        "document_ids": True,
-        "query_ids": "query_to_query" in directions or "doc_to_query" in directions,
-    }
-    for name, rows in (("query_ids", query_columns), ("document_ids", documents)):
-        ids = options[name]
-        if ids is None:
-            if options["duplicates"] != "keep" and needed[name]:
-                raise ValueError(f"duplicates={options['duplicates']!r} needs {name}, an int64 tensor [{rows}].")
-        elif not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids))}.")
-        elif list(ids.shape) != [rows] or ids.device != device:
-            raise ValueError(f"{name} must have shape [{rows}] on {device}, got {list(ids.shape)} on {ids.device}.")
+    if all_queries is not None:
+        checks.vectors("all_queries", all_queries)
+        checks.alike("all_queries", all_queries, "queries", queries)
+        if len(all_queries) != positives:
+            raise ValueError(f"all_queries has {len(all_queries)} rows, expected {positives}, as many as documents[0].")
+    elif positives != len(queries) and not guided and {"query_to_query", "doc_to_query"} & set(directions):
+        raise ValueError(
+            f"all_queries is required for directions {directions} when documents[0] has more rows ({positives}) than "
+            f"queries ({len(queries)})."
+        )
+
+
+def _check_ids(name: str, ids: Tensor | None, rows: int, device: torch.device, duplicates: str) -> None:
+    if ids is None:
+        if duplicates != "keep":
+            raise ValueError(f"duplicates={duplicates!r} needs {name}, an int64 tensor [{rows}].")
+    elif not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids))}.")
+    elif list(ids.shape) != [rows] or ids.device != device:
+        raise ValueError(f"{name} must have shape [{rows}] on {device}, got {list(ids.shape)} on {ids.device}.")
 
 
 def _prefixes(dims: Any, weights: Any, dimension: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The widths of the prefixes, strictly ascending, and the weight of each."""
+    """Returns the widths of the prefixes, strictly ascending, and the weight of each; none for whole embeddings."""
     if dims is None:
         if weights is not None:
             raise ValueError("matryoshka_weights was given without matryoshka_dims.")
-        return (dimension,), (1.0,)
+        return (), ()
     for name, values in (("matryoshka_dims", dims), ("matryoshka_weights", weights)):
         if values is not None and (not isinstance(values, Sequence) or isinstance(values, str)):
             raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}.")
@@ -329,12 +376,12 @@ def _guide(
         raise ValueError("all_queries cannot be combined with guide_queries: a guide sees the local queries only.")
     checks.vectors("guide_queries", guide_queries)
     guides = checks.columns("guide_documents", guide_documents, "expected the guide's vectors of the documents")
-    for name, guide, vectors in (
-        ("guide_queries", [guide_queries], [queries]),
-        ("guide_documents", guides, columns),
+    for name, found, wanted in (
+        ("guide_queries", [len(guide_queries)], [len(queries)]),
+        ("guide_documents", [len(x) for x in guides], [len(x) for x in columns]),
     ):
-        if [len(x) for x in guide] != [len(x) for x in vectors]:
-            raise ValueError(f"{name} has {[len(x) for x in guide]} rows, expected {[len(x) for x in vectors]}.")
+        if found != wanted:
+            raise ValueError(f"{name} has {found} rows, expected {wanted}.")
     for index, guide in enumerate(guides):
         checks.alike(f"guide_documents[{index}]", guide, "guide_queries", guide_queries)
     if guide_queries.device != queries.device:

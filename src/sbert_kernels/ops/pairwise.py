@@ -15,21 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..problems import pairwise as contract
 from ..problems.pairwise import PairwiseProblem
 from ..values import readable
 from . import _checks as checks
 from . import _traced
-from ._autograd import handle_of, learnable, once
-from ._dispatch import evaluate
+from ._autograd import double_backward_guard, learnable, once
+from ._dispatch import backend_for
 
 
 class _Pairwise(torch.autograd.Function):
+    """The scores; their gradients are computed in the backward pass, from the embeddings alone."""
+
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         similarities: tuple[str, ...],
         backend: str | None,
         *vectors: Tensor,  # x (n, D), then the columns of y, (n, D) each
@@ -40,7 +41,7 @@ class _Pairwise(torch.autograd.Function):
         return _scores(PairwiseProblem(vectors[0], vectors[1:], similarities), backend)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, *columns = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if all(gradient is None for gradient in gradients):
@@ -49,15 +50,19 @@ class _Pairwise(torch.autograd.Function):
         if not readable(x, *columns, *gradients):
             flow = _traced.pairwise_gradients(problem, ctx.backend, gradients, needs)
         else:
-            flow = evaluate("pairwise", ctx.backend, problem, gradients, needs, function="pairwise_gradients")
-        handle = handle_of([v for v in (x, *columns, *gradients) if v is not None]) if torch.is_grad_enabled() else x
-        return None, None, *once("pairwise_similarity", [flow.x, *flow.columns], handle)
+            with backend_for("pairwise", ctx.backend, problem) as chosen:
+                flow = chosen.pairwise_gradients(problem, gradients, needs)
+        guard = x
+        if torch.is_grad_enabled():
+            guard = double_backward_guard([v for v in (x, *columns, *gradients) if v is not None])
+        return None, None, *once("pairwise_similarity", [flow.x, *flow.columns], guard)
 
 
 def _scores(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]:
     if not readable(problem.x, *problem.columns):
         return _traced.pairwise(problem, backend)
-    return evaluate("pairwise", backend, problem)
+    with backend_for("pairwise", backend, problem) as chosen:
+        return chosen.pairwise(problem)
 
 
 def pairwise_similarity(
@@ -67,7 +72,7 @@ def pairwise_similarity(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Similarities of each row of ``x`` to its partner in ``y``, all of them from one read of the embeddings.
+    """Returns similarities of each row of ``x`` to its partner in ``y``, all from one read of the embeddings.
 
     Differentiable once in ``x`` and ``y``; a second derivative raises. Nothing of the embeddings' size is kept for the
     backward pass but the embeddings. Deterministic.
@@ -87,10 +92,10 @@ def pairwise_similarity(
         ValueError: A shape, a device or a name cannot be served; the message says which.
     """
     problem = _validated(x, y, similarities)
-    vectors = (problem.x, *problem.columns)
+    vectors: Sequence[Tensor] = (problem.x, *problem.columns)
     if learnable("pairwise_similarity", vectors):
         if not readable(*vectors):
-            vectors = tuple(_traced.distinct(vectors))
+            vectors = _traced.distinct(vectors)
         return _Pairwise.apply(problem.similarities, backend, *vectors)
     return _scores(problem, backend)
 

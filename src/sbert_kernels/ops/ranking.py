@@ -17,47 +17,48 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..problems.ranking import Needs, RankingProblem, RankingResult, check_values, comparable
+from ..problems.scale import Scale
 from ..values import readable
 from . import _checks as checks
 from . import _traced
-from ._autograd import destinations_of, handle_of, learnable, scaled
-from ._dispatch import evaluate
+from ._autograd import destinations_of, double_backward_guard, learnable, scaled
+from ._dispatch import backend_for
 from ._gather import gather_rows
 from .pairwise import pairwise_similarity
 
 
 class _Ranking(torch.autograd.Function):
-    """Tensors that may carry a gradient are arguments of their own; everything else rides in the problem."""
+    """The loss with its gradients: tensors that may get one are arguments, everything else is in the problem."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         problem: RankingProblem,
         backend: str | None,
-        handle: Tensor,  # (), see handle_of
+        guard: Tensor,  # (), see double_backward_guard
         *tensors: Tensor | float | None,  # scores, scale, weights
     ) -> Tensor:
         result = _run(problem, backend, Needs(*ctx.needs_input_grad[3:]))
         # Saved in the loss's dtype, not the scores': a gradient scaler multiplies before the rounding.
-        ctx.save_for_backward(handle, result.scores, result.scale, result.weights)
+        ctx.save_for_backward(guard, result.scores, result.scale, result.weights)
         ctx.destinations = destinations_of(tensors)
         return result.loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        handle, *gradients = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        guard, *gradients = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *scaled("ranking_loss", gradients, ctx.destinations, wanted, grad_output, handle)
+        return None, None, None, *scaled("ranking_loss", gradients, ctx.destinations, wanted, grad_output, guard)
 
 
 def _run(problem: RankingProblem, backend: str | None, needs: Needs) -> RankingResult:
     if not readable(*problem.tensors()):
         return _traced.ranking(problem, backend, needs)
     check_values(problem)
-    return evaluate("ranking", backend, problem, needs)
+    with backend_for("ranking", backend, problem) as chosen:
+        return chosen.ranking(problem, needs)
 
 
 def ranking_loss(
@@ -69,7 +70,9 @@ def ranking_loss(
     gather_across_devices: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """How far the scores are from the order of the labels: log(1 + sum of exp(scale (s_i - s_j)) over l_i < l_j).
+    """Returns how far the scores are from the order of the labels.
+
+    The loss is log(1 + sum of exp(scale (s_i - s_j)) over the pairs of pairs with l_i < l_j).
 
     Differentiable once in ``scores``, and in ``scale`` and ``weights`` where they are tensors; a second derivative
     raises. Deterministic.
@@ -98,14 +101,14 @@ def ranking_loss(
     """
     problem = _validated(scores, labels, scale, weights)
     if gather_across_devices:
-        everyone = gather_rows(problem.scores, problem.labels, problem.weights, labels.dtype)
-        problem = replace(problem, **dict(zip(("scores", "labels", "weights"), everyone, strict=True)))
-    inputs = (problem.scores, problem.scale, problem.weights)
+        scores, labels, weights = gather_rows(problem.scores, problem.labels, problem.weights, labels.dtype)
+        problem = replace(problem, scores=scores, labels=labels, weights=weights)
+    inputs: Sequence[Tensor | float | None] = (problem.scores, problem.scale.given, problem.weights)
     tensors = learnable("ranking_loss", inputs)
     if tensors:
         if not readable(*problem.tensors()):
             inputs = _traced.distinct(inputs)
-        return _Ranking.apply(problem, backend, handle_of(tensors), *inputs)
+        return _Ranking.apply(problem, backend, double_backward_guard(tensors), *inputs)
     return _run(problem, backend, Needs()).loss
 
 
@@ -119,7 +122,7 @@ def cosent_loss(
     gather_across_devices: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`ranking_loss` of the cosine similarities of the pairs (x_i, y_i), without a copy of the embeddings.
+    """Returns :func:`ranking_loss` of the cosine similarities of the pairs (x_i, y_i), without copying embeddings.
 
     Args:
         x: Embeddings, [n, D].
@@ -151,7 +154,7 @@ def angle_loss(
     gather_across_devices: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`ranking_loss` of AnglE's angle similarities of the pairs (x_i, y_i); arguments as :func:`cosent_loss`."""
+    """Returns :func:`ranking_loss` of AnglE's angle similarities of the pairs; arguments as :func:`cosent_loss`."""
     (scores,) = pairwise_similarity(x, y, ("angle",), backend=backend)
     return ranking_loss(
         scores,
@@ -176,6 +179,6 @@ def _validated(scores: Any, labels: Any, scale: Any, weights: Any) -> RankingPro
             f"labels must have shape [{n}] or [{n}, 1] on {scores.device}, as the scores, got {list(labels.shape)} on "
             f"{labels.device}."
         )
-    scale = checks.scale_type(scale)
+    checked_scale = Scale(checks.scale_type(scale))
     checks.row_weights(weights, n, scores.device)
-    return RankingProblem(scores, comparable(labels.detach().reshape(-1)), scale, weights)
+    return RankingProblem(scores, comparable(labels.detach().reshape(-1)), checked_scale, weights)

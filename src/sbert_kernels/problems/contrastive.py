@@ -1,22 +1,29 @@
-"""What a backend of the `contrastive` operation is handed, and what it hands back.
+"""The problem of the `contrastive` operation: its tensors, its specification, and the rule of each term.
 
 Symbols used on every floor: N rows (the local anchors), D the embedding dimension, W rows of the positives column
-(N, or ranks x N where the columns are gathered), M documents in all, o the row offset. Row i's own positive is
-document y_i = o + i.
+(N, or ranks x N where the columns are gathered), M documents in all, o the row offset. Row i's positive is document
+y_i = o + i.
 
-A loss is a set of *terms*, one a direction. A term is a matrix of similarities between row vectors and column
-vectors; everything that is special about its entries lies on diagonals (own positive, excluded self, own hard
-negatives), so a diagonal is described by the column that it starts at for row 0.
+A loss is a set of *terms*, one a direction. A term is a matrix of similarities between row vectors and column vectors.
+Everything that is special about its entries lies on diagonals (the positive, the row itself, the row's own hard
+negatives), or is decided by ids or by a guide. A diagonal is described by the column that it starts at for row 0.
+
+A :class:`Term` holds the whole rule of its entries as data. Backends read terms and never the options that they come
+from; only `reference` derives the rule from the options on its own, to judge the others.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._spec import Spec
+from .scale import Scale
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
@@ -24,6 +31,9 @@ HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 SIMILARITIES = ("cos", "dot")
 DUPLICATES = ("keep", "mask", "positive")
 MARGIN_STRATEGIES = ("absolute", "relative")
+
+# exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
+UNSHIFTED_LOGIT = 40.0
 
 
 def check_scale(value: float) -> None:
@@ -33,16 +43,55 @@ def check_scale(value: float) -> None:
 
 
 @dataclass(frozen=True)
-class Term:
-    """One direction: which rows meet which columns, and where its special diagonals start."""
+class ContrastiveSpec(Spec):
+    """All options of one call that are no tensors; :func:`sbert_kernels.contrastive_loss` says what each means."""
 
-    direction: str
+    similarity: str = "cos"
+    directions: tuple[str, ...] = ("query_to_doc",)
+    partition_mode: str = "joint"
+    hardness_mode: str | None = None
+    hardness_strength: float = 0.0
+    duplicates: str = "keep"
+    margin_strategy: str = "absolute"
+    margin: float = 0.0
+    # Matryoshka: the loss is sum_k dim_weights[k] * (loss of the first dims[k] entries of every embedding). Strictly
+    # ascending, in 1 .. D; empty for the whole embeddings.
+    dims: tuple[int, ...] = ()
+    dim_weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One direction: which rows meet which columns, and the whole rule of the entries of their matrix.
+
+    Attributes:
+        rows_are_queries: The rows are the queries; otherwise the rows' positives.
+        columns_are_queries: The columns are the queries; otherwise the first ``columns`` documents.
+        columns: Number of columns.
+        softmax: Number of the softmax that the term belongs to, from 0 on; terms of one number share it.
+        own_column: Column of row 0's own query or positive. Duplicates are equal to it; it is none itself.
+        positive: The diagonal of the positives (``own_column``), or None if the term has none.
+        excluded: Diagonals that are never in the softmax: the row itself, its query's other documents.
+        duplicates: What becomes of columns with the id of the row's own column: "keep" (ids are not looked at), "mask"
+            (excluded) or "positive" (a further positive).
+        guided: The guide excludes columns, but neither the positive nor duplicates that are positives.
+        hardness: Strength of the penalty ``hardness * stop_gradient(similarity)`` on hard entries; 0 for none.
+        hard_everywhere: All entries are hard but those of ``hardness_exceptions``; otherwise none but those.
+        hardness_exceptions: Diagonals of the row's own hard negatives. Positives are never hard.
+    """
+
     rows_are_queries: bool
     columns_are_queries: bool
     columns: int
-    positive: int | None  # the row's own positive pair
-    excluded: tuple[int, ...]  # never in the softmax: the row itself, its query's other documents
-    own_negatives: tuple[int, ...]  # the row's own hard negatives, which hardness weighting tells apart
+    softmax: int
+    own_column: int
+    positive: int | None
+    excluded: tuple[int, ...]
+    duplicates: str
+    guided: bool
+    hardness: float
+    hard_everywhere: bool
+    hardness_exceptions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,44 +100,48 @@ class ContrastiveProblem:
 
     queries: Tensor  # (N, D)
     documents: tuple[Tensor, ...]  # (W, D), then a (K, D) for each negatives column
-    all_queries: Tensor | None  # (W, D)
-    scale: float | Tensor  # 0-d
-    similarity: str
-    directions: tuple[str, ...]
-    partition_mode: str
-    hardness_mode: str | None
-    hardness_strength: float
-    weights: Tensor | None  # (N,)
-    query_ids: Tensor | None  # (columns of the query terms,) int64
-    document_ids: Tensor | None  # (M,) int64
-    duplicates: str
-    guide_queries: Tensor | None  # (N, G)
-    guide_documents: tuple[Tensor, ...]  # as documents, (., G)
-    margin_strategy: str
-    margin: float
-    row_offset: int
-    # Matryoshka: the loss is sum_k dim_weights[k] * (loss of the first dims[k] entries of every embedding); the guide's
-    # vectors stay whole. (D,) and (1.0,) without it.
-    dims: tuple[int, ...]  # strictly ascending, in 1 .. D
-    dim_weights: tuple[float, ...]
+    scale: Scale
+    all_queries: Tensor | None = None  # (W, D)
+    weights: Tensor | None = None  # (N,)
+    query_ids: Tensor | None = None  # (columns of the query terms,) int64
+    document_ids: Tensor | None = None  # (M,) int64
+    guide_queries: Tensor | None = None  # (N, G)
+    guide_documents: tuple[Tensor, ...] = ()  # as documents, (., G); the guide's vectors stay whole for all prefixes
+    row_offset: int = 0
+    spec: ContrastiveSpec = ContrastiveSpec()
 
     @property
     def device(self) -> torch.device:
+        """The device of all embeddings."""
         return self.queries.device
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        own = (self.queries, self.all_queries, self.scale, self.weights, self.query_ids, self.document_ids)
-        found = (*own, *self.documents, self.guide_queries, *self.guide_documents)
-        return tuple(value for value in found if isinstance(value, Tensor))
-
-    @property
-    def guided(self) -> bool:
-        return self.guide_queries is not None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of accumulators, softmax statistics and loss."""
         return torch.float64 if self.queries.dtype == torch.float64 else torch.float32
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns all tensors of the call."""
+        single = (
+            self.queries,
+            self.all_queries,
+            self.scale.tensor,
+            self.weights,
+            self.query_ids,
+            self.document_ids,
+            self.guide_queries,
+        )
+        return tuple(t for t in (*single, *self.documents, *self.guide_documents) if t is not None)
+
+    @property
+    def cosine(self) -> bool:
+        """True if similarities are cosines, so that vectors are divided by their norms."""
+        return self.spec.similarity == "cos"
+
+    @property
+    def guided(self) -> bool:
+        """True if a guide decides which columns are false negatives."""
+        return self.guide_queries is not None
 
     @property
     def eps(self) -> float:
@@ -96,7 +149,18 @@ class ContrastiveProblem:
         return 1e-8 if self.guided else 1e-12
 
     @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths of the prefixes, strictly ascending; (D,) without Matryoshka."""
+        return self.spec.dims or (self.queries.shape[1],)
+
+    @property
+    def dim_weights(self) -> tuple[float, ...]:
+        """The weight of each prefix in the loss."""
+        return self.spec.dim_weights or (1.0,)
+
+    @property
     def query_columns(self) -> Tensor:
+        """The queries as columns: those of all ranks if they are gathered, (W, D) or (N, D)."""
         return self.queries if self.all_queries is None else self.all_queries
 
     @property
@@ -106,82 +170,106 @@ class ContrastiveProblem:
 
     @property
     def document_rows(self) -> int:
+        """Number of documents M, of all columns together."""
         return sum(len(column) for column in self.documents)
 
     @property
-    def hardness(self) -> float:
-        return self.hardness_strength if self.hardness_mode is not None else 0.0
+    def logit_bound(self) -> float:
+        """The largest possible |logit|, or infinity if it can't be known without waiting for a device."""
+        scale = self.scale.value
+        if not self.cosine or scale is None:
+            return math.inf
+        return abs(scale) + max(term.hardness for term in self.terms())
+
+    @property
+    def unshifted(self) -> bool:
+        """True if exp(logit) and its sums stay inside float32, so that the softmax needs no row maximum."""
+        return self.logit_bound <= UNSHIFTED_LOGIT
 
     def terms(self) -> tuple[Term, ...]:
-        """The terms, in stock's order of concatenation."""
-        offset, world = self.row_offset, len(self.documents[0])
-        own_documents = tuple(offset + column * world for column in range(len(self.documents)))
-        aligned = all(len(column) == world for column in self.documents)
-        terms = []
-        for direction in DIRECTIONS:
-            if direction not in self.directions:
-                continue
-            from_query, to_query = direction.startswith("query"), direction.endswith("query")
-            has_positive = from_query != to_query
-            own = self.query_offset if to_query else offset
-            # GISTEmbedLoss contrasts positives with positives only, and lets the guide alone exclude.
-            positives_only = self.guided and direction == "doc_to_doc"
-            documents = world if positives_only else self.document_rows
-            if has_positive or self.guided:
-                excluded: tuple[int, ...] = ()
-            else:
-                excluded = (own,) if to_query else own_documents
-            terms.append(
-                Term(
-                    direction=direction,
-                    rows_are_queries=from_query,
-                    columns_are_queries=to_query,
-                    columns=len(self.query_columns) if to_query else documents,
-                    positive=own if has_positive else None,
-                    excluded=excluded,
-                    own_negatives=own_documents[1:] if direction == "query_to_doc" and aligned else (),
-                )
-            )
-        return tuple(terms)
+        """Returns the terms, in stock's order of concatenation."""
+        return self._terms
 
-    def groups(self) -> list[tuple[Term, ...]]:
-        """The terms that share a softmax: all of them (joint), or each its own (per direction)."""
+    @cached_property
+    def _terms(self) -> tuple[Term, ...]:
+        return tuple(
+            self._term(direction, softmax=0 if self.spec.partition_mode == "joint" else index)
+            for index, direction in enumerate(d for d in DIRECTIONS if d in self.spec.directions)
+        )
+
+    def softmaxes(self) -> list[tuple[Term, ...]]:
+        """Returns the terms of each softmax: all of them (joint), or each alone (per direction)."""
         terms = self.terms()
-        return [terms] if self.partition_mode == "joint" else [(term,) for term in terms]
+        return [tuple(t for t in terms if t.softmax == softmax) for softmax in range(terms[-1].softmax + 1)]
+
+    def _term(self, direction: str, softmax: int) -> Term:
+        spec, world = self.spec, len(self.documents[0])
+        from_query, to_query = direction.startswith("query"), direction.endswith("query")
+        own_column = self.query_offset if to_query else self.row_offset
+        own_documents = tuple(self.row_offset + column * world for column in range(len(self.documents)))
+        has_positive = from_query != to_query
+        # GISTEmbedLoss contrasts positives with positives only, and lets the guide alone exclude.
+        positives_only = self.guided and direction == "doc_to_doc"
+        excluded: tuple[int, ...] = ()
+        if not has_positive and not self.guided:
+            excluded = (own_column,) if to_query else own_documents
+        duplicates = spec.duplicates
+        if duplicates == "positive" and not has_positive:
+            duplicates = "mask"
+
+        hardness = spec.hardness_strength if spec.hardness_mode and direction == "query_to_doc" else 0.0
+        hard = hardness > 0
+        # Validation sees to it that each column of negatives is as long as the positives where hardness is asked for.
+        apart = hard and spec.hardness_mode != "all_negatives"
+        return Term(
+            rows_are_queries=from_query,
+            columns_are_queries=to_query,
+            columns=len(self.query_columns) if to_query else world if positives_only else self.document_rows,
+            softmax=softmax,
+            own_column=own_column,
+            positive=own_column if has_positive else None,
+            excluded=excluded,
+            duplicates=duplicates,
+            guided=self.guided,
+            hardness=hardness,
+            hard_everywhere=hard and spec.hardness_mode != "hard_negatives",
+            hardness_exceptions=own_documents[1:] if apart else (),
+        )
 
     def column_ids(self, term: Term) -> Tensor | None:
-        if self.duplicates == "keep":
-            return None
+        """Returns the ids of a term's columns, (columns,) int64, or None if the term does not look at ids."""
         ids = self.query_ids if term.columns_are_queries else self.document_ids
-        return ids[: term.columns]
-
-    def own_column(self, term: Term) -> int:
-        """Column that row 0's duplicates are duplicates of: its positive, or itself."""
-        return self.query_offset if term.columns_are_queries else self.row_offset
+        return None if term.duplicates == "keep" or ids is None else ids[: term.columns]
 
     def guide_threshold(self, own_similarity: Tensor) -> Tensor:
-        """Guide similarity above which a column is a false negative, from that of the row's own positive.
+        """Returns the guide similarity above which a column is a false negative, from that of the row's positive.
 
         A copy of the positive ties with it exactly; a matrix product may round the two differently, so a few units
         in the last place are still a tie, as they are where stock computes both by the same sum.
         """
-        slack = self.margin if self.margin_strategy == "absolute" else own_similarity.abs() * self.margin
+        spec = self.spec
+        slack = spec.margin if spec.margin_strategy == "absolute" else own_similarity.abs() * spec.margin
         return own_similarity - slack + 8 * torch.finfo(own_similarity.dtype).eps
 
 
 def weight_sum(weights: Tensor) -> Tensor:
-    """What the weighted sum over the rows is divided by; 1 where no row counts, so that the loss is 0 then."""
+    """Returns what the weighted sum over the rows is divided by: 1 if no row counts, so that the loss is 0 then."""
     return torch.where((weights != 0).any(), weights.sum(), 1)
 
 
 class Needs(NamedTuple):
-    """Which gradients the caller will use."""
+    """Says which gradients the caller will use."""
 
     queries: bool = False
     documents: bool = False
     all_queries: bool = False
     scale: bool = False
     weights: bool = False
+
+    @property
+    def vectors(self) -> bool:
+        """True if any embeddings get a gradient."""
+        return self.queries or self.documents or self.all_queries
 
 
 class ContrastiveResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a backend of the `pairwise` operation is handed: rows x_i and, in each of C columns, their partners y_i.
+"""The problem of the `pairwise` operation: rows x_i and, in each of C columns, their partners y_i.
 
 A backend has two functions: ``pairwise(problem)`` gives the scores of each similarity, and ``pairwise_gradients`` what
 flows back from their gradients. Nothing but x and y is kept between the two: whoever writes a gradient reads both rows
@@ -27,6 +27,7 @@ class PairwiseProblem:
 
     @property
     def device(self) -> torch.device:
+        """The device of all embeddings."""
         return self.x.device
 
     @property
@@ -37,8 +38,7 @@ class PairwiseProblem:
 
     @property
     def half(self) -> int:
-        """Number of real parts of an embedding read as complex numbers; of odd dimensions, the last has no imaginary
-        part."""
+        """Number of complex numbers in an embedding; in odd dimensions the last has no imaginary part."""
         return (self.x.shape[1] + 1) // 2
 
 

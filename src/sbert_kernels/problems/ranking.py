@@ -1,4 +1,4 @@
-"""What a backend of the `ranking` operation is handed, and what it hands back.
+"""The problem of the `ranking` operation, and its result.
 
 Symbols used on every floor: n scored pairs, s_i the score of pair i, l_i its label, w_i its weight.
 """
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .scale import Scale
+
 
 @dataclass(frozen=True)
 class RankingProblem:
@@ -19,16 +21,18 @@ class RankingProblem:
 
     scores: Tensor  # (n,)
     labels: Tensor  # (n,), comparable
-    scale: float | Tensor  # 0-d
-    weights: Tensor | None  # (n,)
+    scale: Scale
+    weights: Tensor | None = None  # (n,)
 
     @property
     def device(self) -> torch.device:
+        """The device of scores, labels and weights."""
         return self.scores.device
 
     def tensors(self) -> tuple[Tensor, ...]:
-        found = (self.scores, self.labels, self.scale, self.weights)
-        return tuple(value for value in found if isinstance(value, Tensor))
+        """Returns all tensors of the call."""
+        found = (self.scores, self.labels, self.scale.tensor, self.weights)
+        return tuple(value for value in found if value is not None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,7 +41,7 @@ class RankingProblem:
 
 
 class Needs(NamedTuple):
-    """Which gradients the caller will use."""
+    """Says which gradients the caller will use."""
 
     scores: bool = False
     scale: bool = False
@@ -54,7 +58,7 @@ class RankingResult(NamedTuple):
 
 
 def comparable(labels: Tensor) -> Tensor:
-    """Labels of any type in one of int64, float32 and float64 that keeps their order and sorts everywhere."""
+    """Returns labels of any type as int64, float32 or float64, which keep their order and can be sorted everywhere."""
     if labels.dtype in (torch.float32, torch.float64):
         return labels
     if labels.dtype == torch.uint64:  # [0, 2^64) moved down to the range of int64
@@ -63,13 +67,14 @@ def comparable(labels: Tensor) -> Tensor:
 
 
 def check_values(problem: RankingProblem) -> None:
-    """Raise ValueError for values that have no ranking. On a device they are left unread: it would wait for all that
-    comes before them; the loss is then not a number."""
-    scale, weights = problem.scale, problem.weights
-    if not isinstance(scale, Tensor) or scale.device.type == "cpu":
-        value = float(scale)
-        if not math.isfinite(value):
-            raise ValueError(f"scale must be a finite number, got {value}.")
+    """Raise ValueError for values that have no ranking.
+
+    On a device they are left unread, as reading would wait for all that comes before them; the loss is then not a
+    number.
+    """
+    value, weights = problem.scale.value, problem.weights
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"scale must be a finite number, got {value}.")
     if problem.device.type != "cpu":
         return
     if problem.labels.is_floating_point():

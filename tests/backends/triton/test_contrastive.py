@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbert_kernels import contrastive_loss, settings
 from sbert_kernels.benchmarks import aot_report
 from sbert_kernels.problems.contrastive import Needs
+from support.contrastive import draw, eager, loss_and_gradients
+from support.numbers import relative_errors
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -210,7 +211,8 @@ def test_autotuning_runs_each_way_once_for_each_kind_of_call(monkeypatch: pytest
         return computed(problem, needs, strategy, variant)
 
     def loss_of(rows: int, **options: Any) -> Tensor:
-        return contrastive_loss(draw(rows, 16, 0).requires_grad_(), draw(rows, 16, 1), backend="triton", **options)
+        queries, documents = draw(rows, 16, seed=0).requires_grad_(), draw(rows, 16, seed=1)
+        return contrastive_loss(queries, documents, backend="triton", **options)
 
     monkeypatch.setattr(contrastive, "_computed", spy)
     monkeypatch.setattr(tuning, "_seconds", lambda run, way, device: {("tiled", 1): 1.0}.get(way, 2.0))
@@ -254,36 +256,12 @@ def test_other_tiles_are_others(target: str, variant: int) -> None:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: int, dim: int, seed: int) -> Tensor:
-    """Numbers that every type holds."""
-    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
-
-
-def run(queries: Tensor, documents: Tensor, backend: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """Loss and both gradients in float64, computed in ``dtype``."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (queries, documents)]
-    loss = contrastive_loss(*leaves, backend=backend, **options)
-    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, leaves))]
-
-
-def eager(queries: Tensor, documents: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
-    """What a user writes, in the type of the inputs."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (queries, documents)]
-    logits = scale * F.normalize(leaves[0]) @ F.normalize(leaves[1]).T
-    loss = F.cross_entropy(logits, torch.arange(len(queries)))
-    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, leaves))]
-
-
 # Any two of these in one case at least.
 TURNS = [
     (settings.STRATEGIES[(i + j) % 2], dtype, scale)
     for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
     for j, scale in enumerate((20.0, 100.0, 1000.0))
 ]
-
-
-def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
-    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, exact, strict=True)])
 
 
 @pytest.mark.parametrize(("strategy", "dtype", "scale"), TURNS, indirect=["strategy"])
@@ -293,13 +271,14 @@ def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(
     """Root mean squares over batches: one batch of eager's may be lucky."""
     squares = []
     for seed in range(3):
-        queries = draw(ROWS, 48, 2 * seed)
+        queries = draw(ROWS, 48, seed=2 * seed)
         # Logits of positives within a few of the others' logsumexp: neither sure nor hopeless.
         cosine = min(0.9, math.log(ROWS) / scale + 0.3)
-        documents = (queries + math.sqrt(cosine**-2 - 1) * draw(ROWS, 48, 2 * seed + 1)).bfloat16().float()
-        exact = run(queries, documents, "reference", torch.float64, scale=scale)
-        ours = run(queries, documents, "triton", dtype, scale=scale)
-        squares.append(torch.stack([errors(ours, exact), errors(eager(queries, documents, scale, dtype), exact)]) ** 2)
+        documents = (queries + math.sqrt(cosine**-2 - 1) * draw(ROWS, 48, seed=2 * seed + 1)).bfloat16().float()
+        exact = loss_and_gradients(queries, documents, "reference", torch.float64, scale=scale)
+        ours = loss_and_gradients(queries, documents, "triton", dtype, scale=scale)
+        theirs = eager(queries, documents, scale, dtype)
+        squares.append(torch.stack([relative_errors(ours, exact), relative_errors(theirs, exact)]) ** 2)
     ours, theirs = torch.stack(squares).mean(0).sqrt()
     assert (ours <= 2 * theirs + torch.finfo(torch.float32).eps).all(), (ours, theirs)
 
@@ -307,12 +286,13 @@ def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(
 @pytest.mark.usefixtures("strategy")
 def test_the_gradient_of_a_well_trained_batch_is_right_within_a_percent() -> None:
     """p = 0.999 of the positive: the gradient is of the size of a bfloat16 rounding of it."""
-    queries = draw(64, 64, 0)
-    documents = (queries + 0.7 * draw(64, 64, 1)).bfloat16().float()
-    exact = run(queries, documents, "reference", torch.float64, scale=20.0)
+    queries = draw(64, 64, seed=0)
+    documents = (queries + 0.7 * draw(64, 64, seed=1)).bfloat16().float()
+    exact = loss_and_gradients(queries, documents, "reference", torch.float64, scale=20.0)
     assert 1e-4 < exact[0] < 5e-3
-    assert errors(run(queries, documents, "triton", torch.bfloat16, scale=20.0), exact).max() < 0.01
-    assert errors(eager(queries, documents, 20.0, torch.bfloat16), exact).max() > 0.1  # what it is about
+    ours = loss_and_gradients(queries, documents, "triton", torch.bfloat16, scale=20.0)
+    assert relative_errors(ours, exact).max() < 0.01
+    assert relative_errors(eager(queries, documents, 20.0, torch.bfloat16), exact).max() > 0.1  # what it is about
 
 
 @pytest.mark.usefixtures("strategy")
@@ -331,10 +311,11 @@ def test_inputs_in_any_layout(layout: str) -> None:
             view = wide[:n, :dim]
         return view.copy_(x)
 
-    moved = [laid_out(draw(n, dim, 0)), draw(n, dim, 1) if layout == "repeated" else laid_out(draw(n, dim, 1))]
+    queries, documents = draw(n, dim, seed=0), draw(n, dim, seed=1)
+    moved = [laid_out(queries), documents if layout == "repeated" else laid_out(documents)]
     assert not moved[0].is_contiguous()
-    ours = [contrastive_loss(*moved, backend="triton"), *run(*moved, "triton", torch.float32)[1:]]
-    exact = run(*(x.contiguous() for x in moved), "reference", torch.float64)
+    ours = [contrastive_loss(*moved, backend="triton"), *loss_and_gradients(*moved, "triton", torch.float32)[1:]]
+    exact = loss_and_gradients(*(x.contiguous() for x in moved), "reference", torch.float64)
     for value, wanted in zip(ours, exact, strict=True):
         assert (value - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-2)
 
@@ -342,13 +323,14 @@ def test_inputs_in_any_layout(layout: str) -> None:
 @pytest.mark.usefixtures("strategy")
 def test_rows_that_are_zero_or_no_numbers_stay_alone() -> None:
     """What a row spoils is what it spoils in the reference: its column reaches every row's gradient, and no more."""
-    queries, documents = draw(40, 32, 0), draw(40, 32, 1)
+    queries, documents = draw(40, 32, seed=0), draw(40, 32, seed=1)
     queries[3], documents[7] = 0.0, 0.0
-    ours, exact = (run(queries, documents, *how) for how in (("triton", torch.float32), ("reference", torch.float64)))
+    ways = (("triton", torch.float32), ("reference", torch.float64))
+    ours, exact = (loss_and_gradients(queries, documents, *how) for how in ways)
     for value, wanted in zip(ours, exact, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
     queries[5] = math.nan
-    ours, exact = (run(queries, documents, *how) for how in (("triton", torch.float32), ("reference", torch.float64)))
+    ours, exact = (loss_and_gradients(queries, documents, *how) for how in ways)
     for value, wanted in zip(ours, exact, strict=True):
         assert torch.equal(value.isnan(), wanted.isnan())
 
@@ -357,7 +339,7 @@ def test_rows_that_are_zero_or_no_numbers_stay_alone() -> None:
 @pytest.mark.parametrize("options", [{}, {"scale": 100.0}, {"similarity": "dot", "scale": 1.0}])
 def test_a_hard_negative_that_is_no_number_makes_the_loss_none(options: dict[str, Any]) -> None:
     """It lies outside of each row's own pair."""
-    queries, documents, negatives = (draw(5, 16, seed).requires_grad_() for seed in range(3))
+    queries, documents, negatives = (draw(5, 16, seed=seed).requires_grad_() for seed in range(3))
     with torch.no_grad():
         negatives[2, 3] = math.nan
         assert contrastive_loss(queries, [documents, negatives], backend="triton", **options).isnan()
@@ -366,26 +348,26 @@ def test_a_hard_negative_that_is_no_number_makes_the_loss_none(options: dict[str
 
 @pytest.mark.usefixtures("strategy")
 def test_a_prefix_of_zeros_has_a_finite_gradient_in_float16() -> None:
-    queries, documents = draw(12, 16, 0), draw(12, 16, 1)
+    queries, documents = draw(12, 16, seed=0), draw(12, 16, seed=1)
     documents[3, :8] = 0.0
     documents[5] = 0.0
-    found = run(queries, documents, "triton", torch.float16, matryoshka_dims=[8, 16])
+    found = loss_and_gradients(queries, documents, "triton", torch.float16, matryoshka_dims=[8, 16])
     assert all(x.isfinite().all() for x in found)
 
 
 def test_the_same_bits_each_time(strategy: str) -> None:
-    queries, documents = draw(70, 40, 0), draw(70, 40, 1)
-    first = run(queries, documents, "triton", torch.bfloat16)
-    assert all(map(torch.equal, first, run(queries, documents, "triton", torch.bfloat16)))
+    queries, documents = draw(70, 40, seed=0), draw(70, 40, seed=1)
+    first = loss_and_gradients(queries, documents, "triton", torch.bfloat16)
+    assert all(map(torch.equal, first, loss_and_gradients(queries, documents, "triton", torch.bfloat16)))
 
 
 def test_rows_beyond_a_32_bit_offset() -> None:
     """Row 3 begins at entry 3 * 2^30 of memory of which four rows are ever touched."""
     rows, dim, stride = 4, 40, 2**30
     far = torch.empty(3 * stride + dim, dtype=torch.bfloat16).as_strided((rows, dim), (stride, 1))
-    queries, documents = draw(rows, dim, 0).bfloat16(), draw(rows, dim, 1).bfloat16()
+    queries, documents = draw(rows, dim, seed=0).bfloat16(), draw(rows, dim, seed=1).bfloat16()
     far.copy_(queries)
-    near = run(queries, documents, "triton", torch.bfloat16)
+    near = loss_and_gradients(queries, documents, "triton", torch.bfloat16)
     assert all(map(torch.equal, near, run_in_place(far, documents)))
 
 
@@ -399,6 +381,6 @@ def run_in_place(queries: Tensor, documents: Tensor) -> list[Tensor]:
 
 
 def test_float64_is_left_to_others() -> None:
-    queries = draw(4, 8, 0).double()
+    queries = draw(4, 8, seed=0).double()
     with pytest.raises(ValueError, match="backend='triton' cannot serve this call: float64"):
         contrastive_loss(queries, queries, backend="triton")

@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_kernels import contrastive_loss, pairwise_similarity, ranking_loss, settings
-from sbert_kernels.backends.triton import obstacle
+from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.benchmarks.harness import matmul_precision
 from sbert_kernels.settings import MIB
+from support import contrastive
+from support.contrastive import ALL_DIRECTIONS
+from support.gradients import input_gradients
+from support.numbers import relative_errors
+from support.problems import loss_and_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +32,6 @@ pytestmark = [
 DEVICE = "cuda"
 ROWS = 1000  # no multiple of any tile
 ODD = 123
-DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 # A rounding of the softmax weights between the products, in the type and precision that the products have.
 UNIT = {
     ("float32", "highest"): 2.0**-24,
@@ -41,7 +44,7 @@ KINDS = [*UNIT]
 
 @pytest.fixture(autouse=True)
 def _served() -> None:
-    reason = obstacle(str(torch.empty(0, device=DEVICE).device), by_name=True)
+    reason = why_not_on(str(torch.empty(0, device=DEVICE).device), by_name=True)
     if reason is not None:
         pytest.skip(reason)
 
@@ -56,8 +59,8 @@ def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    """float32 numbers that every narrower type holds, too."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float().to(DEVICE)
+    """Returns numbers on the GPU that every narrower type holds, too."""
+    return contrastive.draw(*shape, seed=seed, device=DEVICE)
 
 
 def problem_of(option: str, rows: int = ROWS, dim: int = ODD) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def problem_of(option: str, rows: int = ROWS, dim: int = ODD) -> dict[str, Any]:
         "online": {"scale": 100.0},
         "dot": {"similarity": "dot", "scale": 3.0 / dim},
         "negatives": {},
-        "directions": {"directions": DIRECTIONS},
+        "directions": {"directions": ALL_DIRECTIONS},
         "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
         "hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 3.0},
         "mask": {"duplicates": "mask", "document_ids": ids},
@@ -83,7 +86,7 @@ def problem_of(option: str, rows: int = ROWS, dim: int = ODD) -> dict[str, Any]:
         "learnable": {"scale": torch.tensor(20.0, device=DEVICE)},
         "weights": {"weights": draw(rows, seed=7).abs()},
         "matryoshka": {"matryoshka_dims": (dim, dim // 2, dim // 4), "matryoshka_weights": (1.0, 0.5, 2.0)},
-        "gathered": {"directions": DIRECTIONS, "all_queries": queries, "row_offset": offset},
+        "gathered": {"directions": ALL_DIRECTIONS, "all_queries": queries, "row_offset": offset},
     }
     return {"queries": queries[offset : offset + rows], "documents": documents, **options[option]}
 
@@ -92,36 +95,6 @@ OPTIONS = (
     "plain", "online", "dot", "negatives", "directions", "symmetric", "hardness", "mask", "positive", "guide",
     "learnable", "weights", "matryoshka", "gathered",
 )  # fmt: skip
-
-
-def loss_and_gradients(problem: dict[str, Any], backend: str, dtype: torch.dtype) -> list[Tensor]:
-    """In float64, computed in ``dtype``: the loss, then the gradients of every tensor that has one."""
-
-    def leaf(value: Tensor, kind: torch.dtype = dtype) -> Tensor:
-        return value.detach().to(kind).requires_grad_()
-
-    problem = dict(problem)
-    documents = [leaf(column) for column in problem.pop("documents")]
-    leaves = {name: leaf(problem.pop(name)) for name in ("queries", "all_queries") if name in problem}
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for name in ("scale", "weights"):
-        if isinstance(problem.get(name), Tensor):
-            leaves[name] = leaf(problem.pop(name), wide)
-    loss = contrastive_loss(documents=documents, **leaves, **problem, backend=backend)
-    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [*documents, *leaves.values()]))]
-
-
-def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
-    """|x - exact| / |exact| of each."""
-    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, exact, strict=True)])
-
-
-def eager(queries: Tensor, documents: Tensor, scale: float) -> list[Tensor]:
-    """What a user writes, in the type of the inputs."""
-    queries, documents = (x.detach().requires_grad_() for x in (queries, documents))
-    logits = scale * F.normalize(queries) @ F.normalize(documents).T
-    loss = F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
-    return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, [documents, queries]))]
 
 
 def batch(rows: int, dim: int, scale: float, seed: int, known: float = 0.0) -> dict[str, Any]:
@@ -141,15 +114,14 @@ def batch(rows: int, dim: int, scale: float, seed: int, known: float = 0.0) -> d
 
 def check_parity(problem: dict[str, Any], dtype_name: str, precision: str) -> None:
     """Twice the error of eager float32 at most, and some roundings of the products' own."""
-    exact = loss_and_gradients(problem, "reference", torch.float64)
+    exact = loss_and_gradients("reference", problem, torch.float64)
     with matmul_precision(precision):
-        ours = loss_and_gradients(problem, "triton", getattr(torch, dtype_name))
-    limits = (
-        2 * errors(loss_and_gradients(problem, "reference", torch.float32), exact) + 8 * UNIT[dtype_name, precision]
-    )
+        ours = loss_and_gradients("triton", problem, getattr(torch, dtype_name))
+    theirs = loss_and_gradients("reference", problem, torch.float32)
+    limits = 2 * relative_errors(theirs, exact) + 8 * UNIT[dtype_name, precision]
     if dtype_name == "float16" and problem.get("similarity") != "dot":
         limits += 2.0**-11 * problem_scale(problem)  # unit vectors are rounded, and the logits with them
-    assert (errors(ours, exact) <= limits).all(), (errors(ours, exact), limits)
+    assert (relative_errors(ours, exact) <= limits).all(), (relative_errors(ours, exact), limits)
 
 
 def problem_scale(problem: dict[str, Any]) -> float:
@@ -204,9 +176,9 @@ def test_inputs_in_any_layout(layout: str) -> None:
         "documents": [laid_out(plain["documents"][0].bfloat16())],
     }
     assert not moved["queries"].is_contiguous()
-    ours = loss_and_gradients(moved, "triton", torch.bfloat16)
-    assert errors(ours, loss_and_gradients(plain, "triton", torch.bfloat16)).max() < 1e-3
-    assert errors(ours, loss_and_gradients(plain, "reference", torch.float64)).max() < 0.02
+    ours = loss_and_gradients("triton", moved, torch.bfloat16)
+    assert relative_errors(ours, loss_and_gradients("triton", plain, torch.bfloat16)).max() < 1e-3
+    assert relative_errors(ours, loss_and_gradients("reference", plain, torch.float64)).max() < 0.02
 
 
 @pytest.mark.usefixtures("strategy")
@@ -218,10 +190,10 @@ def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(kind: tuple[st
     with matmul_precision(kind[1]):
         for seed in range(4):
             problem = batch(ROWS, 384, scale, seed)
-            exact = loss_and_gradients(problem, "reference", torch.float64)
-            theirs = eager(problem["queries"].to(dtype), problem["documents"][0].to(dtype), scale)
-            ours = loss_and_gradients(problem, "triton", dtype)
-            sums.append(torch.stack([errors(ours, exact), errors(theirs, exact)]).square())
+            exact = loss_and_gradients("reference", problem, torch.float64)
+            theirs = contrastive.eager(problem["queries"], problem["documents"][0], scale, dtype)
+            ours = loss_and_gradients("triton", problem, dtype)
+            sums.append(torch.stack([relative_errors(ours, exact), relative_errors(theirs, exact)]).square())
     ours, theirs = torch.stack(sums).mean(0).sqrt()
     assert (ours <= 2 * theirs + torch.finfo(torch.float32).eps).all(), (ours, theirs)
 
@@ -230,9 +202,9 @@ def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(kind: tuple[st
 def test_the_gradient_of_a_well_trained_batch_is_right_within_a_percent() -> None:
     """p = 0.999 of the positive: the gradient is of the size of a bfloat16 rounding of it."""
     problem = batch(ROWS, 384, 20.0, seed=0, known=math.log(999))
-    exact = loss_and_gradients(problem, "reference", torch.float64)
+    exact = loss_and_gradients("reference", problem, torch.float64)
     assert 5e-4 < exact[0] < 5e-3
-    assert errors(loss_and_gradients(problem, "triton", torch.bfloat16), exact).max() < 0.01
+    assert relative_errors(loss_and_gradients("triton", problem, torch.bfloat16), exact).max() < 0.01
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 33, 1000, 8192, 8193, 100_000])
@@ -299,12 +271,6 @@ def steps() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
 STEPS = ("plain", "options", "ranking")
 
 
-def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-
 def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
@@ -313,8 +279,8 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
 @pytest.mark.parametrize("name", STEPS)
 def test_the_same_bits_each_time(name: str) -> None:
     step = steps()[name]
-    first = run(*step)
-    assert all(equal(run(*step), first) for _ in range(10))
+    first = input_gradients(*step)
+    assert all(equal(input_gradients(*step), first) for _ in range(10))
 
 
 @contextmanager
@@ -330,9 +296,9 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("name", STEPS)
 def test_nothing_waits_for_the_device(name: str) -> None:
     step = steps()[name]
-    expected = run(*step)  # compiled by now
+    expected = input_gradients(*step)  # compiled by now
     with no_waiting():
-        found = run(*step)
+        found = input_gradients(*step)
     assert equal(found, expected)
 
 
@@ -345,18 +311,18 @@ def test_a_cuda_graph_replays_what_eager_computes(name: str) -> None:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            run(function, static)
+            input_gradients(function, static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(function, static)
+        captured = input_gradients(function, static)
     others = [(1.25 * x).abs() if x.dim() < 2 else -x.roll(1, 0) for x in inputs]
     for values in (inputs, others):
         for kept, value in zip(static, values, strict=True):
             kept.copy_(value)
         graph.replay()
-        assert equal(captured, run(function, values))
-    assert not equal(run(function, inputs), run(function, others))
+        assert equal(captured, input_gradients(function, values))
+    assert not equal(input_gradients(function, inputs), input_gradients(function, others))
 
 
 @pytest.mark.usefixtures("strategy")
@@ -364,7 +330,7 @@ def test_a_cuda_graph_replays_what_eager_computes(name: str) -> None:
 def test_kernels_run_in_the_current_stream(name: str) -> None:
     """Where their inputs are made, after a product that takes a while; in any other they would read zeros."""
     function, inputs = steps()[name]
-    expected = run(function, inputs)
+    expected = input_gradients(function, inputs)
     late = [torch.zeros_like(x) for x in inputs]
     busy = torch.randn(8192, 8192, device=DEVICE)
     torch.cuda.synchronize()
@@ -374,7 +340,7 @@ def test_kernels_run_in_the_current_stream(name: str) -> None:
             busy = busy @ busy / 8192
         for kept, value in zip(late, inputs, strict=True):
             kept.copy_(value)
-        found = run(function, late)
+        found = input_gradients(function, late)
     side.synchronize()
     assert equal(found, expected)
 
@@ -384,9 +350,9 @@ def test_kernels_run_in_the_current_stream(name: str) -> None:
 def test_kernels_run_on_the_device_of_their_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "DEVICE", "cuda:1")
     with torch.cuda.device(1):
-        expected = run(*steps()[name])
+        expected = input_gradients(*steps()[name])
     with torch.cuda.device(0):
-        found = run(*steps()[name])
+        found = input_gradients(*steps()[name])
     assert all(x.device == torch.device("cuda:1") for x in found)
     assert equal(found, expected)
 
@@ -396,8 +362,8 @@ def test_a_compiled_step_computes_the_same(name: str) -> None:
     function, inputs = steps()[name]
     compiled = torch.compile(function, fullgraph=True)
     # Sums of several losses may be taken in another order by the compiler.
-    found, wanted = ([x.double() for x in run(f, inputs)] for f in (compiled, function))
-    assert errors(found, wanted).max() < 1e-5
+    found, wanted = ([x.double() for x in input_gradients(f, inputs)] for f in (compiled, function))
+    assert relative_errors(found, wanted).max() < 1e-5
 
 
 def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
@@ -405,11 +371,11 @@ def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
     n, dim = 32768, 768
     inputs = [torch.randn(n, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
     function = steps()["plain"][0]
-    run(function, [x[:512] for x in inputs])  # compiled by now, and the vendor's workspace there
+    input_gradients(function, [x[:512] for x in inputs])  # compiled by now, and the vendor's workspace there
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run(function, inputs)
+    input_gradients(function, inputs)
     torch.cuda.synchronize()
     # Both gradients in float32, what a chunk or a sweep adds to them, both again in bfloat16; a chunk's weights.
     limit = 6 * n * dim * 4 + (512 * MIB if strategy == "chunked" else 0)
@@ -420,12 +386,12 @@ def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
 def test_more_entries_than_a_32_bit_index_counts() -> None:
     """65536^2 > 2^31: the first and the last rows of each gradient, against torch ops on blocks of rows."""
     problem = batch(65536, 64, 20.0, seed=0)
-    ours = loss_and_gradients(problem, "triton", torch.float32)
-    exact = loss_and_gradients(problem, "blockwise", torch.float32)
+    ours = loss_and_gradients("triton", problem, torch.float32)
+    exact = loss_and_gradients("blockwise", problem, torch.float32)
     assert ours[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
     for rows in (slice(None, 8), slice(-8, None)):
         parts = [[x[rows] for x in side[1:]] for side in (ours, exact)]
-        assert errors(*parts).max() < 1e-4
+        assert relative_errors(*parts).max() < 1e-4
 
 
 def test_vectors_beyond_a_32_bit_offset() -> None:

@@ -101,10 +101,11 @@ def test_labels_that_are_no_numbers_give_a_loss_that_is_none() -> None:
     """On a GPU nobody looks for them beforehand: that would have to wait."""
     from sbert_kernels.backends.triton import ranking
     from sbert_kernels.problems.ranking import Needs, RankingProblem
+    from sbert_kernels.problems.scale import Scale
 
     labels = torch.rand(40)
     labels[7] = math.nan
-    result = ranking.ranking(RankingProblem(torch.rand(40), labels, 20.0, None), Needs(True, False, False))
+    result = ranking.ranking(RankingProblem(torch.rand(40), labels, Scale(20.0)), Needs(True, False, False))
     assert result.loss.isnan()
     assert result.scores.isnan().all()
 
@@ -114,11 +115,12 @@ def test_labels_that_are_no_numbers_give_a_loss_that_is_none() -> None:
 def test_weights_that_are_none_give_a_loss_that_is_none(weight: float) -> None:
     from sbert_kernels.backends.triton import ranking
     from sbert_kernels.problems.ranking import Needs, RankingProblem
+    from sbert_kernels.problems.scale import Scale
 
     for place in (0, 3):
         weights = torch.ones(4)
         weights[place] = weight
-        problem = RankingProblem(torch.rand(4), torch.arange(4.0), 20.0, weights)
+        problem = RankingProblem(torch.rand(4), torch.arange(4.0), Scale(20.0), weights)
         assert ranking.ranking(problem, Needs(True, False, True)).loss.isnan()
 
 

@@ -10,8 +10,8 @@ For a block of B rows R and all columns C, unit vectors where the similarity is 
 The loss is a scalar, so these are its gradients up to one factor, and the backward pass multiplies by that factor.
 Both products take e as it is: its row factor 1 / l goes to the thin side, which is D wide where e is M wide.
 
-Cosine bounds the logits by scale + hardness; up to `UNSHIFTED_LOGIT` exp(z) and its row sums stay inside fp32, so no
-maximum is searched for (shift = 0). Otherwise the shift is the row maximum.
+Cosine bounds the logits by scale + hardness. Up to `UNSHIFTED_LOGIT` (see `problems/contrastive.py`), exp(z) and its
+row sums stay inside fp32, so no maximum is searched for (shift = 0). Otherwise the shift is the row maximum.
 
 The row's own positive never goes through e. Its entry is excluded like others are, and its part of loss and gradient
 is added row-wise from its own dot product: the loss is log(1 + l_others / e_positive) and the gradient -l_others / l,
@@ -36,8 +36,6 @@ from torch import Tensor
 from ... import settings
 from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
-# exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
-UNSHIFTED_LOGIT = 40.0
 # Larger blocks gain nothing, but a matrix product packs all its columns anew for each block, so one of few rows loses.
 TARGET_BLOCK_BYTES = 32 * settings.MIB
 MIN_BLOCK_ROWS = 256
@@ -46,7 +44,7 @@ OPERAND_ROWS = 4096
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
-    """Loss and gradients of the contrastive operation."""
+    """Returns loss and gradients of the contrastive operation."""
     return _Pass(problem, needs).run()
 
 
@@ -57,7 +55,7 @@ class _Operand:
         self.parts, self.cosine, self.need, self.eps = parts, cosine, need, problem.eps
         self.dtype = torch.promote_types(parts[0].dtype, problem.dtype)
         self.total: Tensor | None = None  # (rows, D): the gradient of all prefixes so far
-        self.values: Tensor | None = None  # (rows, d) for the prefix of d entries that was begun
+        self.values = parts[0].new_empty(0)  # (rows, d) for the prefix of d entries that was begun
         self.gradient: Tensor | None = None  # (rows, d), of these values: a view of the total, where it piles up
         self.before: Tensor | None = None  # (rows, 1): g . x of what lay there when the prefix was begun
 
@@ -75,28 +73,28 @@ class _Operand:
         if not self.need:
             return
         first = self.total is None
-        if first:
+        if self.total is None:
             self.total = self.values.new_zeros(len(self.values), self.parts[0].shape[1])
         self.gradient = _prefix(self.total, dim)
         self.before = None
         if self.cosine and not first:
             # What wider prefixes have left here is to come out of finish() unchanged.
             self.gradient.mul_(self.norms)
-            self.before = torch.cat([self._along(rows) for rows in self._row_blocks()])
+            self.before = torch.cat([self._radial(self.gradient, rows) for rows in self._row_blocks()])
 
     def finish(self) -> None:
         """Carry the gradient of this prefix through its norm, in place: dx = (g - (g . x) x) / |x|."""
-        if self.need and self.cosine:
+        if self.gradient is not None and self.cosine:
             for rows in self._row_blocks():
-                along = self._along(rows)
+                radial = self._radial(self.gradient, rows)
                 if self.before is not None:
-                    along -= self.before[rows]
-                self.gradient[rows].addcmul_(self.values[rows], along, value=-1).div_(self.norms[rows])
-        self.values = None  # before the next prefix takes its own
+                    radial -= self.before[rows]
+                self.gradient[rows].addcmul_(self.values[rows], radial, value=-1).div_(self.norms[rows])
+        self.values = self.values.new_empty(0)  # before the next prefix holds other values
 
-    def _along(self, rows: slice) -> Tensor:
-        """g . x, (rows, 1); 0 below eps, where the divisor is a constant and nothing flows through it."""
-        products = self.gradient[rows] * self.values[rows]
+    def _radial(self, gradient: Tensor, rows: slice) -> Tensor:
+        """Returns g . x, (rows, 1); 0 below eps, where the divisor is a constant and nothing flows through it."""
+        products = gradient[rows] * self.values[rows]
         return products.sum(dim=1, keepdim=True).masked_fill_(self.below_eps[rows], 0)
 
     def _row_blocks(self) -> Iterator[slice]:
@@ -109,8 +107,8 @@ class _Block:
 
     term: Term
     z: Tensor  # (B, columns)
-    own: Tensor | None = None  # (B,): similarity of the row's own positive pair, which z leaves out
-    duplicates: Tensor | None = None  # (B, columns) bool: further positives
+    positive: Tensor | None = None  # (B,): similarity of the positive pair, which z leaves out
+    duplicates: Tensor | None = None  # (B, columns) bool: duplicate positives
     duplicate_logits: Tensor | float = 0.0  # (B,): their sum
 
 
@@ -119,35 +117,23 @@ class _Pass:
 
     def __init__(self, problem: ContrastiveProblem, needs: Needs) -> None:
         self.problem, self.needs = problem, needs
-        self.groups = problem.groups()
+        self.softmaxes = problem.softmaxes()
         self.terms = problem.terms()
-        cosine = problem.similarity == "cos"
+        cosine = problem.cosine
         self.queries = _Operand((problem.queries,), problem, cosine, needs.queries)
         self.documents = _Operand(problem.documents, problem, cosine, needs.documents)
         self.all_queries = self.queries
         if problem.all_queries is not None and any(term.columns_are_queries for term in self.terms):
             self.all_queries = _Operand((problem.all_queries,), problem, cosine, needs.all_queries)
         self.operands = list({id(o): o for o in (self.queries, self.documents, self.all_queries)}.values())
-        self.guides = None
-        if problem.guided:
-            self.guides = (
-                _Operand((problem.guide_queries,), problem, cosine=True, need=False),
-                _Operand(problem.guide_documents, problem, cosine=True, need=False),
-            )
-            for guide in self.guides:
-                guide.begin(problem.guide_queries.shape[1])
-        self.scale = problem.scale
-        if isinstance(self.scale, Tensor):
-            # A 0-d tensor on the CPU mixes with tensors of any device, and moving it there would wait for the device.
-            self.scale = self.scale.detach().to(problem.dtype)
-        self.bounded = self._logit_bound() <= UNSHIFTED_LOGIT
+        self.guides: list[_Operand] = []  # of queries, of documents; none without a guide
+        if problem.guide_queries is not None:
+            for parts in ((problem.guide_queries,), problem.guide_documents):
+                self.guides.append(_Operand(parts, problem, cosine=True, need=False))
+                self.guides[-1].begin(problem.guide_queries.shape[1])
+        self.scale = problem.scale.factor(problem.dtype, problem.device)
+        self.unshifted = problem.unshifted
         self.grad = any(needs)
-
-    def _logit_bound(self) -> float:
-        """The largest possible |z|, where it can be known without waiting for the device."""
-        if self.problem.similarity != "cos" or (isinstance(self.scale, Tensor) and self.scale.device.type != "cpu"):
-            return math.inf
-        return float(self.scale) + self.problem.hardness
 
     def run(self) -> ContrastiveResult:
         problem, needs = self.problem, self.needs
@@ -186,14 +172,14 @@ class _Pass:
             documents=self.documents.total,
             all_queries=self._all_queries_gradient(),
             scale=self.scale_gradient if needs.scale else None,
-            weights=(losses - loss) / weight_sum(weights) if needs.weights else None,
+            weights=(losses - loss) / weight_sum(weights) if needs.weights and weights is not None else None,
         )
 
     def _all_queries_gradient(self) -> Tensor | None:
         if not self.needs.all_queries:
             return None
         if self.all_queries is self.queries:  # no direction looks at the other ranks' queries
-            return torch.zeros_like(self.problem.all_queries, dtype=self.problem.dtype)
+            return torch.zeros_like(self.problem.query_columns, dtype=self.problem.dtype)
         return self.all_queries.total
 
     def _block_rows(self, n: int) -> int:
@@ -202,81 +188,74 @@ class _Pass:
         row_bytes = every * element
         if self.guides:  # similarities of one term, and what they exclude
             row_bytes += widest * (element + 1)
-        if self.problem.duplicates != "keep":  # a mask for each term, and what one mask selects
+        if any(term.duplicates != "keep" for term in self.terms):  # a mask for each term, and what one mask selects
             row_bytes += every + widest * element
         budget = settings.block_bytes() // row_bytes
         return max(1, min(n, budget, max(MIN_BLOCK_ROWS, TARGET_BLOCK_BYTES // row_bytes)))
 
     def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
-        """Losses of the rows in ``block``, (B,); adds their part of every gradient."""
-        own = slice(block.start + self.problem.row_offset, block.stop + self.problem.row_offset)
-        logits = {term: self._logits(term, block, own, buffers[term], guide_buffer) for term in self.terms}
+        """Returns the losses of the rows in ``block``, (B,), and adds their part of every gradient."""
+        own_documents = slice(block.start + self.problem.row_offset, block.stop + self.problem.row_offset)
+        logits = {term: self._logits(term, block, own_documents, buffers[term], guide_buffer) for term in self.terms}
         losses = torch.zeros_like(share)
-        for group in self.groups:
-            parts = [logits[term] for term in group]
-            losses += self._softmax(parts, block, own, share / len(self.groups)) / len(self.groups)
+        for terms in self.softmaxes:
+            parts = [logits[term] for term in terms]
+            losses += self._softmax(parts, block, own_documents, share / len(self.softmaxes)) / len(self.softmaxes)
         return losses
 
-    def _sides(self, term: Term, block: slice, own: slice) -> tuple[_Operand, slice, _Operand]:
-        """Row operand, its rows of this block, column operand."""
-        rows = (self.queries, block) if term.rows_are_queries else (self.documents, own)
+    def _sides(self, term: Term, block: slice, own_documents: slice) -> tuple[_Operand, slice, _Operand]:
+        """Returns the row operand, its rows of this block, and the column operand."""
+        rows = (self.queries, block) if term.rows_are_queries else (self.documents, own_documents)
         return *rows, self.all_queries if term.columns_are_queries else self.documents
 
-    def _own_columns(self, term: Term, block: slice) -> slice:
-        return slice(term.positive + block.start, term.positive + block.stop)
+    def _positive_columns(self, term: Term, block: slice) -> slice:
+        return slice(term.own_column + block.start, term.own_column + block.stop)
 
     def _logits(
         self,
         term: Term,
         block: slice,
-        own: slice,
+        own_documents: slice,
         buffer: Tensor,
         guide_buffer: Tensor | None,
     ) -> _Block:
-        """z of one term, with -inf where the softmax must not look: exclusions, and the own positive."""
+        """Returns z of one term, with -inf where the softmax must not look: exclusions, and the positive."""
         problem = self.problem
-        rows, index, columns = self._sides(term, block, own)
-        weighted = term.direction == "query_to_doc" and problem.hardness > 0
+        rows, index, columns = self._sides(term, block, own_documents)
         # Every entry gets the factor that most entries have; the few others are mended on their diagonals.
-        factor = self.scale
-        if weighted and problem.hardness_mode != "hard_negatives":
-            factor = self.scale + problem.hardness
+        hard_factor = self.scale + term.hardness
+        factor = hard_factor if term.hard_everywhere else self.scale
         n = block.stop - block.start
         z = buffer[: n * term.columns].view(n, term.columns)
         # [B, D] @ [D, columns] -> [B, columns]
         torch.mm(rows.values[index] * factor, columns.values[: term.columns].T, out=z)
         result = _Block(term, z)
         if term.positive is not None:
-            pairs = rows.values[index] * columns.values[self._own_columns(term, block)]
-            result.own = pairs.sum(dim=1)  # [B, D] . [B, D] -> [B]
+            pairs = rows.values[index] * columns.values[self._positive_columns(term, block)]
+            result.positive = pairs.sum(dim=1)  # [B, D] . [B, D] -> [B]
 
         ids = problem.column_ids(term)
         if ids is not None:
-            begin = problem.own_column(term) + block.start
+            begin = term.own_column + block.start
             duplicates = ids[begin : begin + n, None] == ids[None, :]  # (B, columns)
-            _diagonal(duplicates, problem.own_column(term), block).fill_(False)
-            if term.positive is not None and problem.duplicates == "positive":
+            _diagonal(duplicates, term.own_column, block).fill_(False)
+            if term.duplicates == "positive":
                 result.duplicates = duplicates
-                if weighted:
+                if term.hard_everywhere:
                     z.copy_(torch.where(duplicates, z * (self.scale / factor), z))
             else:
                 z.masked_fill_(duplicates, -torch.inf)
-        if weighted and problem.hardness_mode != "all_negatives":
-            # Own hard negatives are the only weighted ones, or the only unweighted ones.
-            wanted = self.scale
-            if problem.hardness_mode == "hard_negatives":
-                wanted = self.scale + problem.hardness
-            for start in term.own_negatives:
-                entries = _diagonal(z, start, block)
-                mended = entries * (wanted / factor)
-                if result.duplicates is not None:
-                    mended = torch.where(_diagonal(result.duplicates, start, block), entries, mended)
-                entries.copy_(mended)
+        for start in term.hardness_exceptions:
+            entries = _diagonal(z, start, block)
+            mended = entries * ((self.scale if term.hard_everywhere else hard_factor) / factor)
+            if result.duplicates is not None:
+                mended = torch.where(_diagonal(result.duplicates, start, block), entries, mended)
+            entries.copy_(mended)
         if guide_buffer is not None:
-            guide = self._guide(term, block, own, guide_buffer)
-            if term.direction == "query_to_doc":  # always the first term
+            guide = self._guide(term, block, own_documents, guide_buffer)
+            if term is self.terms[0]:  # query_to_doc, as in every problem
                 # Out of the product itself: a copy of the positive ties with it, whatever the product rounds to.
-                self.threshold = problem.guide_threshold(_diagonal(guide, term.positive, block).clone())
+                self.threshold = problem.guide_threshold(_diagonal(guide, term.own_column, block).clone())
             excluded = guide > self.threshold[:, None]
             if result.duplicates is not None:
                 excluded &= ~result.duplicates
@@ -287,39 +266,43 @@ class _Pass:
             _diagonal(z, start, block).fill_(-torch.inf)
         return result
 
-    def _guide(self, term: Term, block: slice, own: slice, buffer: Tensor) -> Tensor:
-        """Cosine of the guide's vectors for one term, (B, columns)."""
+    def _guide(self, term: Term, block: slice, own_documents: slice, buffer: Tensor) -> Tensor:
+        """Returns the cosine of the guide's vectors for one term, (B, columns)."""
         queries, documents = self.guides
-        rows = queries.values[block] if term.rows_are_queries else documents.values[own]
+        rows = queries.values[block] if term.rows_are_queries else documents.values[own_documents]
         columns = queries if term.columns_are_queries else documents
         similarity = buffer[: len(rows) * term.columns].view(len(rows), term.columns)
         # [B, G] @ [G, columns] -> [B, columns]
         return torch.mm(rows, columns.values[: term.columns].T, out=similarity)
 
-    def _softmax(self, parts: list[_Block], block: slice, own: slice, share: Tensor) -> Tensor:
-        """One softmax over the given terms: losses (B,), and the gradients that follow from them.
+    def _softmax(self, parts: list[_Block], block: slice, own_documents: slice, share: Tensor) -> Tensor:
+        """Returns the losses of one softmax over the given terms, (B,), and adds the gradients that follow from them.
 
         ``share`` (B,) is the weight of each row in the loss.
         """
-        positive = [self.scale * part.own for part in parts if part.own is not None]  # each (B,)
-        shift: Tensor | float = 0.0
-        if not self.bounded:
+        positive = [self.scale * part.positive for part in parts if part.positive is not None]  # each (B,)
+        shift = torch.zeros_like(share)
+        if not self.unshifted:
             shift = reduce(torch.maximum, [part.z.amax(dim=1) for part in parts] + positive)
             # Of an infinite maximum the largest number: exp(x - inf) would make no number of every x.
             shift = shift.masked_fill(shift == -math.inf, 0).clamp(max=torch.finfo(shift.dtype).max)
         others = torch.zeros_like(share)
         for part in parts:
-            if not self.bounded:
+            if not self.unshifted:
                 part.z.sub_(shift[:, None])
             others += part.z.exp_().sum(dim=1)
-        own_exp = [(logit - shift).exp() for logit in positive]
-        total = others + sum(own_exp)
+        positive_exp = [(logit - shift).exp() for logit in positive]
+        total = others + sum(positive_exp)
 
-        further = [part for part in parts if part.duplicates is not None]
-        count = len(positive) + sum((part.duplicates.sum(dim=1) for part in further), torch.zeros_like(share))
-        # logsumexp less the own logit, exact where the others are few or far below
+        count = torch.full_like(share, len(positive))  # positives of each row
+        mean_positive = torch.stack(positive).sum(dim=0)
+        for part in parts:
+            if part.duplicates is not None:
+                count += part.duplicates.sum(dim=1)
+                mean_positive += part.duplicate_logits
+        mean_positive /= count
+        # logsumexp less the positive's logit, exact where the others are few or far below
         excess = reduce(torch.logaddexp, [logit - positive[0] for logit in (*positive, others.log() + shift)])
-        mean_positive = (sum(positive) + sum(part.duplicate_logits for part in further)) / count
         losses = excess + (positive[0] - mean_positive)
         if not self.grad:
             return losses
@@ -329,19 +312,19 @@ class _Pass:
         for part in parts:
             if part.duplicates is not None:
                 part.z.sub_(part.duplicates * (total / count)[:, None])
-            self._accumulate(part, block, own, coefficient[:, None])
-        for index, part in enumerate(part for part in parts if part.own is not None):
-            # total * (p - 1 / count) of the own pair, without subtracting nearly equal numbers
-            rest = others + sum(own_exp[:index] + own_exp[index + 1 :])
-            strength = coefficient * ((count - 1) * own_exp[index] - rest) / count
-            # Where an infinite logit leaves the own pair no share, that product is 0 * inf.
-            strength = torch.where(total.isinf(), share * (own_exp[index] / total - 1 / count), strength)
-            self._pull(part, block, own, strength)
+            self._accumulate(part, block, own_documents, coefficient[:, None])
+        for index, part in enumerate(part for part in parts if part.positive is not None):
+            # total * (p - 1 / count) of the positive, without subtracting nearly equal numbers
+            rest = others + sum(positive_exp[:index] + positive_exp[index + 1 :])
+            d_positive = coefficient * ((count - 1) * positive_exp[index] - rest) / count
+            # Where an infinite logit leaves the positive no share, that product is 0 * inf.
+            d_positive = torch.where(total.isinf(), share * (positive_exp[index] / total - 1 / count), d_positive)
+            self._add_positive(part, block, own_documents, d_positive)
         return losses
 
-    def _accumulate(self, part: _Block, block: slice, own: slice, coefficient: Tensor) -> None:
-        """The two gradient products of one term."""
-        rows, index, columns = self._sides(part.term, block, own)
+    def _accumulate(self, part: _Block, block: slice, own_documents: slice, coefficient: Tensor) -> None:
+        """Adds the two gradient products of one term."""
+        rows, index, columns = self._sides(part.term, block, own_documents)
         values = columns.values[: part.term.columns]
         if rows.gradient is not None or self.needs.scale:
             gradient = torch.mm(part.z, values).mul_(coefficient)  # [B, columns] @ [columns, D] -> [B, D]
@@ -353,24 +336,25 @@ class _Pass:
             # [columns, B] @ [B, D] -> [columns, D]
             columns.gradient[: part.term.columns].addmm_(part.z.T, rows.values[index] * coefficient)
 
-    def _pull(self, part: _Block, block: slice, own: slice, strength: Tensor) -> None:
-        """The gradient of the own positive pairs, row-wise; ``strength`` (B,) is that of their similarity."""
-        rows, index, columns = self._sides(part.term, block, own)
-        partners = self._own_columns(part.term, block)
+    def _add_positive(self, part: _Block, block: slice, own_documents: slice, d_positive: Tensor) -> None:
+        """Adds the gradient of the positive pairs, row-wise; ``d_positive`` (B,) is that of their similarity."""
+        rows, index, columns = self._sides(part.term, block, own_documents)
+        partners = self._positive_columns(part.term, block)
+        assert part.positive is not None  # the caller looks
         if rows.gradient is not None:
-            rows.gradient[index].addcmul_(strength[:, None], columns.values[partners])
+            rows.gradient[index].addcmul_(d_positive[:, None], columns.values[partners])
         if columns.gradient is not None:
-            columns.gradient[partners].addcmul_(strength[:, None], rows.values[index])
+            columns.gradient[partners].addcmul_(d_positive[:, None], rows.values[index])
         if self.needs.scale:
-            self.scale_gradient += (strength * part.own).sum() / self.scale
+            self.scale_gradient += (d_positive * part.positive).sum() / self.scale
 
 
 def _prefix(matrix: Tensor, dim: int) -> Tensor:
-    """The first ``dim`` columns."""
+    """Returns the first ``dim`` columns."""
     return matrix if dim == matrix.shape[1] else matrix[:, :dim]
 
 
 def _diagonal(matrix: Tensor, start: int, block: slice) -> Tensor:
-    """View of the entries (i, start + i) of a matrix that holds the rows of ``block``."""
+    """Returns a view of the entries (i, start + i) of a matrix that holds the rows of ``block``."""
     begin = start + block.start
     return matrix[:, begin : begin + len(matrix)].diagonal()

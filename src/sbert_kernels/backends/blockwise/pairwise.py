@@ -26,7 +26,7 @@ TARGET_BLOCK_BYTES = settings.MIB
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:
-    """The scores of each similarity, (C n)."""
+    """Returns the scores of each similarity, (C * n,)."""
     rows = len(problem.x)
     scores = [problem.x.new_empty(len(problem.columns) * rows, dtype=problem.dtype) for _ in problem.similarities]
     for column, block in _blocks(problem):
@@ -51,13 +51,14 @@ def pairwise_gradients(
         pairs.take({name: g[column * rows : (column + 1) * rows][block] for name, g in given.items()})
         if x is not None:
             x[block] += pairs.x_gradient()
-        if columns[column] is not None:
-            columns[column][block] = pairs.y_gradient()
+        y_gradient = columns[column]
+        if y_gradient is not None:
+            y_gradient[block] = pairs.y_gradient()
     return PairwiseGradients(None if x is None else x.to(problem.x.dtype), tuple(columns))
 
 
 def _blocks(problem: PairwiseProblem) -> Iterator[tuple[int, slice]]:
-    """(column, rows) of each block."""
+    """Yields (column, rows) of each block."""
     rows, dimension = problem.x.shape
     step = TARGET_BLOCK_BYTES if problem.device.type == "cpu" else settings.block_bytes()
     step = max(1, step // (dimension * problem.dtype.itemsize))
@@ -93,7 +94,7 @@ class _Pairs:
         return self.cos if similarity == "cos" else self.signed_angle.abs()
 
     def take(self, gradients: dict[str, Tensor]) -> None:
-        """Of the block's scores; before asking for those of x and y."""
+        """Takes the gradients of the block's scores; to be called before those of x and y are asked for."""
         zero = self.dots.new_zeros(())
         dot, cos, angle = (gradients.get(name, zero) for name in ("dot", "cos", "angle"))
         self.direct, self.rotated, self.along = dot, None, None
@@ -133,5 +134,5 @@ class _Pairs:
 
 
 def _dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each row; the products in the rows' own type, their sum in ``dtype``."""
+    """Returns x . y of each row: the products in the rows' own type, their sum in ``dtype``."""
     return (x * y).sum(dim=1, dtype=dtype)

@@ -20,12 +20,12 @@ from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
-    """Loss and gradients of the ranking operation."""
+    """Returns loss and gradients of the ranking operation."""
     dtype = torch.float32 if problem.device.type == "mps" else torch.float64
     n = len(problem.scores)
     labels, order = problem.labels.sort(stable=True)
     scores = problem.scores.detach()[order].to(dtype)
-    scale = problem.scale.detach().to(problem.device, dtype) if isinstance(problem.scale, Tensor) else problem.scale
+    scale = problem.scale.factor(dtype, problem.device)
     z = scores * scale
     weights = None if problem.weights is None else problem.weights.detach()[order].to(dtype)
     # What each pair adds to the sums over higher and over lower labels: nothing without weight, whatever its score.

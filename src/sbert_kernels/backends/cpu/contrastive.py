@@ -1,14 +1,14 @@
 """The contrastive operation in C++: tiles that stay in the cache, every option, all Matryoshka prefixes in one pass.
 
-Operands are float32 or bfloat16. Which products float32 operands get follows `torch.set_float32_matmul_precision`:
+Operands are float32 or bfloat16. How float32 operands are multiplied follows `torch.set_float32_matmul_precision`:
 
     "highest"  float32
-    "high"     three bfloat16 products, about 16 bits of mantissa, where the machine has a matrix unit for them (AMX);
+    "high"     three bfloat16 matmuls, about 16 bits of mantissa, where the machine has a matrix unit for them (AMX);
                float32 elsewhere, which is faster there and more exact
     "medium"   bfloat16, where the machine has instructions for it; float32 elsewhere
 
 bfloat16 operands are multiplied as they are where the machine has instructions for it, float16 ones (and bfloat16 ones
-elsewhere) in float32. Sums, softmax, own pairs and loss are float32 or better in any case.
+elsewhere) in float32. Sums, softmax, positives and loss are float32 or better in any case.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ... import extension, settings
-from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term
-from ..blockwise.contrastive import UNSHIFTED_LOGIT
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs
+from . import wire
 
 # Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
 # costs little. Fewer rows would make the passes over the columns' gradients cost more.
@@ -29,109 +29,108 @@ LARGEST_BLOCK_BYTES = 48 * settings.MIB
 MIN_BLOCK_ROWS = 256
 
 
-class Products(IntEnum):
-    """How operands are multiplied; the numbers of csrc/cpu/problem.h."""
+class MatmulPrecision(IntEnum):
+    """Says how operands are multiplied, in the numbers of csrc/cpu/contrastive/problem.h."""
 
     FLOAT32 = 0
     BFLOAT16X3 = 1
     BFLOAT16 = 2
 
 
-def unsupported(problem: ContrastiveProblem | None) -> str | None:
-    """Why this backend cannot serve a problem (None: the most usual one) on the CPU, or None."""
+def why_not(problem: ContrastiveProblem | None) -> str | None:
+    """Returns why this backend cannot serve a problem (None: the most usual one) on the CPU, or None if it can."""
     if problem is not None and problem.dtype == torch.float64:
         return "float64 is computed in torch ops"
-    if problem is not None and problem.guided and problem.guide_queries.dtype == torch.float64:
+    if problem is not None and problem.guide_queries is not None and problem.guide_queries.dtype == torch.float64:
         return "the guide is float64"
     return extension.load()
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
-    """Loss and gradients of the contrastive operation."""
+    """Returns loss and gradients of the contrastive operation."""
     documents = _concatenated(problem.documents)
     dtypes = {x.dtype for x in (problem.queries, documents, problem.all_queries) if x is not None}
-    products = choose_products(dtypes)
-    # What is not bfloat16 throughout is widened; narrower products convert as they pack.
-    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and products == Products.BFLOAT16 else torch.float32
+    precision = choose_precision(dtypes)
+    # What is not bfloat16 throughout is widened; narrower matmuls convert as they pack.
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and precision == MatmulPrecision.BFLOAT16 else torch.float32
 
     def operand(vectors: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
         return None if vectors is None else vectors.detach().to(dtype).contiguous()
 
-    scale, weights = problem.scale, problem.weights
-    scale_is_tensor = isinstance(scale, Tensor)
+    def ids(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.contiguous()
+
+    spec, weights = problem.spec, problem.weights
     loss, *gradients = torch.ops.sbert_kernels.contrastive(
-        operand(problem.queries),
-        operand(documents),
-        operand(problem.all_queries),
-        scale.detach() if scale_is_tensor else None,
-        None if weights is None else weights.detach().to(torch.float64).contiguous(),
-        _ids(problem, problem.query_ids),
-        _ids(problem, problem.document_ids),
-        operand(problem.guide_queries, torch.float32),
-        operand(_concatenated(problem.guide_documents), torch.float32) if problem.guided else None,
-        1.0 if scale_is_tensor else float(scale),
-        _described(problem),
-        problem.dims,
-        problem.dim_weights,
-        problem.similarity == "cos",
-        float(problem.hardness),
-        problem.eps,
-        float(problem.margin),
-        problem.margin_strategy == "relative",
-        problem.row_offset,
-        products,
-        UNSHIFTED_LOGIT,
-        _block_bytes(problem),
-        needs,
+        queries=operand(problem.queries),
+        documents=operand(documents),
+        all_queries=operand(problem.all_queries),
+        weights=None if weights is None else weights.detach().to(torch.float64).contiguous(),
+        query_ids=ids(problem.query_ids),
+        document_ids=ids(problem.document_ids),
+        guide_queries=operand(problem.guide_queries, torch.float32),
+        guide_documents=operand(_concatenated(problem.guide_documents), torch.float32) if problem.guided else None,
+        scale=problem.scale.read(),
+        term_layout=wire.term_layout(),
+        terms=wire.encoded(problem.terms()),
+        dims=problem.dims,
+        dim_weights=problem.dim_weights,
+        cosine=problem.cosine,
+        unshifted=problem.unshifted,
+        eps=problem.eps,
+        guide_margin=spec.margin,
+        guide_margin_relative=spec.margin_strategy == "relative",
+        row_offset=problem.row_offset,
+        precision=precision,
+        block_bytes=_block_bytes(problem),
+        needs=needs,
     )
-    gradients = {
-        name: gradient for name, gradient, wanted in zip(Needs._fields, gradients, needs, strict=True) if wanted
-    }
+    found = {name: gradient for name, gradient, wanted in zip(Needs._fields, gradients, needs, strict=True) if wanted}
     if needs.scale:
-        gradients["scale"] = gradients["scale"].reshape(())
-    return ContrastiveResult(loss, **gradients)
+        found["scale"] = found["scale"].reshape(())
+    return ContrastiveResult(loss, **found)
 
 
-def choose_products(dtypes: set[torch.dtype]) -> Products:
-    """The products for operands of these types, by torch's precision knob and the machine's instructions.
+def choose_precision(dtypes: set[torch.dtype]) -> MatmulPrecision:
+    """Returns how to multiply operands of these types, by torch's precision knob and the machine's instructions.
 
     Raises:
-        ValueError: SBERT_KERNELS_PRODUCTS asks for products of GPUs, or that the machine has no instructions for.
+        ValueError: SBERT_KERNELS_PRODUCTS asks for a precision of GPUs, or one without instructions here.
     """
     asked_for = settings.get("products")
     if asked_for is not None:
         if asked_for not in ("float32", "bfloat16x3", "bfloat16"):
-            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} is for GPUs; the cpu backend has no such products.")
-        products = Products[asked_for.upper()]
-        reason = why_not(products)
+            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} is for GPUs; the cpu backend cannot multiply so.")
+        precision = MatmulPrecision[asked_for.upper()]
+        reason = why_not_precision(precision)
         if reason is not None:
             raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} cannot be served: {reason}.")
-        return products
+        return precision
     if dtypes == {torch.bfloat16}:
-        return Products.BFLOAT16 if bfloat16_instructions() else Products.FLOAT32
-    precision = torch.get_float32_matmul_precision()
+        return MatmulPrecision.BFLOAT16 if bfloat16_instructions() else MatmulPrecision.FLOAT32
+    knob = torch.get_float32_matmul_precision()
     # float16 has more bits than bfloat16, and no knob of its own.
-    if torch.float32 not in dtypes or precision == "highest":
-        return Products.FLOAT32
-    if precision == "medium":
-        return Products.BFLOAT16 if bfloat16_instructions() else Products.FLOAT32
-    return Products.BFLOAT16X3 if bfloat16_instructions() == "AMX" else Products.FLOAT32
+    if torch.float32 not in dtypes or knob == "highest":
+        return MatmulPrecision.FLOAT32
+    if knob == "medium":
+        return MatmulPrecision.BFLOAT16 if bfloat16_instructions() else MatmulPrecision.FLOAT32
+    return MatmulPrecision.BFLOAT16X3 if bfloat16_instructions() == "AMX" else MatmulPrecision.FLOAT32
 
 
 def bfloat16_instructions() -> str | None:
-    """The instructions that bfloat16 products run with here, "AMX" or "AVX512-bf16"; None where there are none.
+    """Returns the instructions that bfloat16 matmuls run with here, "AMX" or "AVX512-bf16"; None without any.
 
     The compiled kernels answer, which must be loaded: what the processor has, less what the environment forbids.
     """
     return torch.ops.sbert_kernels.cpu_bfloat16_instructions() or None
 
 
-def why_not(products: Products) -> str | None:
-    """Why the machine cannot multiply in this way, or None."""
-    if products == Products.FLOAT32 or bfloat16_instructions():
+def why_not_precision(precision: MatmulPrecision) -> str | None:
+    """Returns why the machine cannot multiply in this way, or None if it can."""
+    if precision == MatmulPrecision.FLOAT32 or bfloat16_instructions():
         return None
     return (
-        "there are no instructions for bfloat16 products (AVX512-bf16 or AMX): the processor lacks them, or "
+        "there are no instructions for bfloat16 matmuls (AVX512-bf16 or AMX): the processor lacks them, or "
         "ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA or torch.backends.mkldnn.enabled forbids them"
     )
 
@@ -143,44 +142,7 @@ def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([part.detach().to(dtype) for part in parts])
 
 
-def _ids(problem: ContrastiveProblem, ids: Tensor | None) -> Tensor | None:
-    return None if ids is None or problem.duplicates == "keep" else ids.contiguous()
-
-
 def _block_bytes(problem: ContrastiveProblem) -> int:
     row_bytes = 4 * len(problem.dims) * sum(term.columns for term in problem.terms())
     wanted = max(TARGET_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, MIN_BLOCK_ROWS * row_bytes))
     return min(settings.block_bytes(), wanted)
-
-
-def _described(problem: ContrastiveProblem) -> list[int]:
-    """The terms in integers, as csrc/cpu/bindings.cpp reads them."""
-    numbers: list[int] = []
-    for group, terms in enumerate(problem.groups()):
-        for term in terms:
-            weighted = term.direction == "query_to_doc" and problem.hardness > 0
-            own_negatives = _own_negative_pairs(problem, term) if weighted else []
-            pairs = [] if term.positive is None else [(term.positive, True, False)]
-            pairs += own_negatives
-            excluded = () if term.positive is not None else term.excluded
-            numbers += [
-                term.rows_are_queries,
-                term.columns_are_queries,
-                term.columns,
-                group,
-                weighted and problem.hardness_mode != "hard_negatives",
-                term.positive is not None and problem.duplicates == "positive",
-                problem.own_column(term),
-                len(pairs),
-                *(number for pair in pairs for number in pair),
-                len(excluded),
-                *excluded,
-            ]
-    return [int(number) for number in numbers]
-
-
-def _own_negative_pairs(problem: ContrastiveProblem, term: Term) -> list[tuple[int, bool, bool]]:
-    """Own hard negatives, where they are the only documents with the hardness penalty, or the only ones without."""
-    if problem.hardness_mode == "all_negatives":
-        return []
-    return [(start, False, problem.hardness_mode == "hard_negatives") for start in term.own_negatives]

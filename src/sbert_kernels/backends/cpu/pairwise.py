@@ -7,17 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import extension
 from ...problems.pairwise import SIMILARITIES, PairwiseGradients, PairwiseProblem
 
 
-def unsupported(problem: PairwiseProblem | None) -> str | None:
-    """Why this backend cannot serve a problem (None: the most usual one) on the CPU, or None."""
-    return extension.load()
-
-
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:
-    """The scores of each similarity, (C n)."""
+    """Returns the scores of each similarity, (C * n,)."""
     x, *columns = _operands(problem)
     wanted = [name in problem.similarities for name in SIMILARITIES]
     scores = dict(zip(SIMILARITIES, torch.ops.sbert_kernels.pairwise(x, columns, wanted), strict=True))
@@ -42,7 +36,7 @@ def pairwise_gradients(
 
 
 def _operands(problem: PairwiseProblem) -> list[Tensor]:
-    """All vectors in one of the types that there are kernels for, with contiguous rows."""
+    """Returns all vectors in one of the types that there are kernels for, with contiguous rows."""
     vectors = (problem.x, *problem.columns)
     dtypes = {v.dtype for v in vectors}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else problem.dtype

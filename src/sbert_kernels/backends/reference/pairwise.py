@@ -12,7 +12,7 @@ from ...problems.pairwise import EPS, PairwiseGradients, PairwiseProblem
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:
-    """The scores of each similarity, (C n)."""
+    """Returns the scores of each similarity, (C * n,)."""
     x, columns = problem.x.detach().double(), [y.detach().double() for y in problem.columns]
     return tuple(scores.to(problem.dtype) for scores in _scores(problem, x, columns))
 
@@ -52,13 +52,15 @@ def _cos(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _angle(x: Tensor, y: Tensor) -> Tensor:
-    """|sum of the real and imaginary parts of x / y|, where the halves of an embedding are its real and imaginary parts
-    and the quotient is of unit vectors: for these, x / y = x conj(y), summed up over the components."""
+    """Returns |sum of the real and imaginary parts of x / y|, for unit vectors, whose halves are these parts.
+
+    For these, x / y = x conj(y), summed up over the components.
+    """
     real, imaginary = zip(*(_complex(F.normalize(v, dim=1, eps=EPS)) for v in (x, y)), strict=True)
     quotient = (torch.complex(real[0], imaginary[0]) * torch.complex(real[1], -imaginary[1])).sum(dim=1)
     return (quotient.real + quotient.imag).abs()
 
 
 def _complex(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    padded = F.pad(vectors, (0, vectors.shape[1] % 2))
-    return padded.chunk(2, dim=1)
+    real, imaginary = F.pad(vectors, (0, vectors.shape[1] % 2)).chunk(2, dim=1)
+    return real, imaginary

@@ -8,11 +8,11 @@ from ...problems.ranking import Needs, RankingProblem, RankingResult
 
 
 def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
-    """Loss and gradients of the ranking operation; memory for several n x n matrices."""
+    """Returns loss and gradients of the ranking operation; holds several n x n matrices."""
     device = problem.device
     leaves = {
         "scores": problem.scores,
-        "scale": torch.as_tensor(problem.scale, dtype=torch.float64, device=device),
+        "scale": torch.as_tensor(problem.scale.given, dtype=torch.float64, device=device),
         "weights": torch.ones(len(problem.scores), device=device) if problem.weights is None else problem.weights,
     }
     leaves = {

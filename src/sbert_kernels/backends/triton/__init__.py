@@ -8,7 +8,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
+from typing import cast
+
+from torch import Tensor
+
+from ...problems.contrastive import ContrastiveProblem, ContrastiveResult
+from ...problems.contrastive import Needs as ContrastiveNeeds
+from ...problems.pairwise import PairwiseGradients, PairwiseProblem
+from ...problems.ranking import Needs as RankingNeeds
+from ...problems.ranking import RankingProblem, RankingResult
+from .._backend import Backend, Problem
 
 OLDEST_TRITON = (3, 4)
 OLDEST_CAPABILITY = (7, 5)
@@ -17,8 +28,56 @@ AMD = ("gfx942",)
 DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
 
 
-def obstacle(device: str, by_name: bool) -> str | None:
-    """Why the kernels cannot run on a device ("cuda:0"), or None.
+class TritonBackend(Backend):
+    """Serves most of what lies on a GPU."""
+
+    name = "triton"
+    summary = "fused kernels on a GPU"
+    device = "cuda"
+
+    def why_not_on(self, device: str, by_name: bool) -> str | None:
+        """Returns why it cannot run on a device ("cuda:0"), or None if it can."""
+        return why_not_on(device, by_name)
+
+    def why_not(self, operation: str, problem: Problem | None) -> str | None:
+        """Returns why the kernels cannot serve a problem where Triton runs, or None if they can."""
+        from . import contrastive, pairwise, ranking
+
+        if operation == "contrastive":
+            return contrastive.why_not(cast("ContrastiveProblem | None", problem))
+        if operation == "ranking":
+            return ranking.why_not(cast("RankingProblem | None", problem))
+        return pairwise.why_not(cast("PairwiseProblem | None", problem))
+
+    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
+        """Returns loss and gradients of the contrastive operation."""
+        from .contrastive import contrastive
+
+        return contrastive(problem, needs)
+
+    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
+        """Returns loss and gradients of the ranking operation."""
+        from .ranking import ranking
+
+        return ranking(problem, needs)
+
+    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
+        """Returns the scores of each similarity of the pairwise operation."""
+        from .pairwise import pairwise
+
+        return pairwise(problem)
+
+    def pairwise_gradients(
+        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> PairwiseGradients:
+        """Returns the gradients of the embeddings from those of the scores."""
+        from .pairwise import pairwise_gradients
+
+        return pairwise_gradients(problem, gradients, needs)
+
+
+def why_not_on(device: str, by_name: bool) -> str | None:
+    """Returns why the kernels cannot run on a device ("cuda:0"), or None if they can.
 
     ``by_name``: the backend was asked for, so that the interpreter (TRITON_INTERPRET=1) may serve tensors on the CPU.
     """
@@ -30,7 +89,7 @@ def obstacle(device: str, by_name: bool) -> str | None:
         return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
     kind = device.partition(":")[0]
     if kind == "cuda":
-        return _of_gpu(device, by_name)
+        return _why_not_on_gpu(device, by_name)
     if kind != "cpu":
         return f"the inputs are on {device}"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
@@ -52,7 +111,7 @@ def installed_version() -> str | None:
     return None
 
 
-def _of_gpu(device: str, by_name: bool) -> str | None:
+def _why_not_on_gpu(device: str, by_name: bool) -> str | None:
     import torch
 
     if torch.version.hip is not None:

@@ -22,7 +22,7 @@ class Call:
         self.gradients = any(needs[:3])
         self.n, self.offset, self.dims = len(problem.queries), problem.row_offset, problem.dims
         self.terms = problem.terms()
-        cosine = problem.similarity == "cos"
+        cosine = problem.cosine
 
         def operand(parts: tuple[Tensor, ...], need: bool) -> Operand:
             return Operand(parts, need, cosine, self.products, self.dims)
@@ -41,10 +41,9 @@ class Call:
             prepare(self.documents, self.all_queries, 0, problem.eps, everyone, absent_is_zero)
             self.own_gathered = everyone[:, self.offset : self.offset + self.n]
         self.guide = Guide(problem) if problem.guided else None
-        scale = problem.scale
-        on_device = isinstance(scale, Tensor) and scale.device.type != "cpu"
-        self.scale_tensor = scale.detach().float() if on_device else None
-        self.scale = 1.0 if on_device else float(scale)
+        on_device = problem.scale.on_device
+        self.scale_tensor = None if on_device is None else on_device.float()
+        self.scale = 1.0 if on_device is not None else problem.scale.read()
         self.peak = max(map(abs, problem.dim_weights)) or 1.0
         self.prefix_weights = tuple(weight / self.peak for weight in problem.dim_weights)
         self.row_weights, self.share_of_peak = self._row_weights()
@@ -63,7 +62,7 @@ class Call:
         return (weights / largest).contiguous(), largest / weight_sum(weights)
 
     def run(self) -> ContrastiveResult:
-        problem, needs, groups = self.problem, self.needs, self.problem.groups()
+        problem, needs, groups = self.problem, self.needs, self.problem.softmaxes()
         self.losses = self.vector(self.documents, self.n)
         self.scale_gradient = self.vector(self.documents, self.n) if needs.scale else None
         self.pull = self.vector(self.documents, len(self.dims), self.n) if self.gradients else None

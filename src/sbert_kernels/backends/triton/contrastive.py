@@ -35,7 +35,7 @@ from .traits import bounded, chunk_rows, crowded, products_of
 logger = logging.getLogger(__name__)
 
 
-def unsupported(problem: ContrastiveProblem | None) -> str | None:
+def why_not(problem: ContrastiveProblem | None) -> str | None:
     """Why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
     if problem is not None and problem.dtype == torch.float64:
         return "float64 is computed in torch ops"
@@ -59,7 +59,9 @@ def _computed(problem: ContrastiveProblem, needs: Needs, strategy: str, variant:
         return Call(problem, needs, strategy, variant).run()
     # Weights of one prefix are not those of another: without their matrix each prefix is a call of its own.
     parts = [
-        Call(replace(problem, dims=(dim,), dim_weights=(weight,)), needs, strategy, variant).run()
+        Call(
+            replace(problem, spec=replace(problem.spec, dims=(dim,), dim_weights=(weight,))), needs, strategy, variant
+        ).run()
         for dim, weight in zip(problem.dims, problem.dim_weights, strict=True)
     ]
     return ContrastiveResult(
@@ -75,11 +77,18 @@ def _kind(problem: ContrastiveProblem, needs: Needs) -> tuple[Any, ...]:
     """
     rows = (len(problem.queries).bit_length(), sum(term.columns for term in problem.terms()).bit_length())
     options = (
-        problem.similarity,
-        problem.directions,
-        problem.partition_mode,
-        problem.hardness_mode,
-        problem.duplicates,
+        problem.cosine,
+        tuple(
+            (
+                term.rows_are_queries,
+                term.columns_are_queries,
+                term.softmax,
+                term.duplicates,
+                term.hard_everywhere,
+                len(term.hardness_exceptions),
+            )
+            for term in problem.terms()
+        ),
     )
     target = target_of(problem.device)
     return (
@@ -108,7 +117,9 @@ def predicted_seconds(problem: ContrastiveProblem, needs: Needs, target: Target)
                 problem.dims,
                 products.dtype.itemsize,
                 strategy,
-                bounded=bounded(problem) and products.lift == 0 and problem.duplicates != "positive",
+                bounded=bounded(problem)
+                and products.lift == 0
+                and all(term.duplicates != "positive" for term in problem.terms()),
                 gradients=any(needs[:3]),
                 fma=products.fma,
                 crowded=crowded(problem, products),

@@ -145,7 +145,7 @@ def pair_gradients(
             tl.store(y_gradient + at + HALF + d[None, :], imaginary.to(kind), mask=imaginary_mask)
 
 
-def unsupported(problem: PairwiseProblem | None) -> str | None:
+def why_not(problem: PairwiseProblem | None) -> str | None:
     """Why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
     return "float64 is computed in torch ops" if problem is not None and problem.dtype == torch.float64 else None
 

@@ -246,7 +246,7 @@ def rank(
                     tl.store(weight_gradient + pair, (pulled + pushed).to(tl.float32), mask=inside)
 
 
-def unsupported(problem: RankingProblem | None) -> str | None:
+def why_not(problem: RankingProblem | None) -> str | None:
     """Why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
     if problem is None:
         return None
@@ -274,8 +274,7 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=device) if wanted else None
 
-    scale = problem.scale
-    on_device = isinstance(scale, Tensor) and scale.device.type != "cpu"
+    on_device = problem.scale.on_device
     loss, scores, weights = empty(), empty(n, wanted=needs.scores), empty(n, wanted=needs.weights)
     scale_parts = empty(chunks, wanted=needs.scale)
     scans = [empty(n, dtype=dtype) for _ in range(2) for dtype in (torch.float64, torch.float32)]
@@ -284,8 +283,8 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
         problem.scores.detach().contiguous(),
         None if labels is None else labels.contiguous(),
         None if problem.weights is None else problem.weights.detach().contiguous(),
-        1.0 if on_device else float(scale),
-        scale.detach().float() if on_device else None,
+        1.0 if on_device is not None else problem.scale.read(),
+        None if on_device is None else on_device.float(),
         n,
         chunks,
         n.bit_length(),

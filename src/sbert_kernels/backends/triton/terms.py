@@ -29,7 +29,7 @@ class Softmax:
         self.call, self.group, self.add = call, group, add
         self.products, self.n = call.products, call.n
         self.masked = masked(call.problem)
-        self.further = call.problem.duplicates == "positive" and any(term.positive is not None for term in group)
+        self.further = any(term.duplicates == "positive" for term in group)
         self.online = not bounded(call.problem)
         # exp(z) itself is the weight, and its row sum is divided out at the end.
         self.unshifted = not (self.online or self.further or self.products.lift) and len(call.dims) == 1
@@ -305,9 +305,8 @@ class Softmax:
             return None if vector is None else vector[..., rows]
 
         excluded = (term.positive,) if term.positive is not None else term.excluded
-        hard = term.direction == "query_to_doc" and problem.hardness > 0
-        negatives = term.own_negatives if hard and problem.hardness_mode != "all_negatives" else ()
-        ids, own_column = problem.column_ids(term), problem.own_column(term) + rows.start
+        negatives = term.hardness_exceptions
+        ids, own_column = problem.column_ids(term), term.own_column + rows.start
         weighted = any(outputs.get(name) is not None for name in ("gradient", "weights"))
         shifted = weighted and "total" not in outputs
         launch(
@@ -327,7 +326,7 @@ class Softmax:
             plan.length,
             call.scale,
             call.scale_tensor,
-            float(problem.hardness),
+            term.hardness,
             excluded[0] + rows.start if excluded else 0,
             excluded[1] - excluded[0] if len(excluded) > 1 else 0,
             negatives[0] + rows.start if negatives else 0,
@@ -354,8 +353,8 @@ class Softmax:
             OWN_COLUMNS=of_columns,
             EXCLUDED=len(excluded),
             NEGATIVES=len(negatives),
-            MOST_ARE_HARD=hard and problem.hardness_mode != "hard_negatives",
-            FURTHER=problem.duplicates == "positive" and term.positive is not None,
+            MOST_ARE_HARD=term.hard_everywhere,
+            FURTHER=term.duplicates == "positive",
             LIFT=self.products.lift,
             **self.products.constants(),
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ... import settings
 from ...problems.contrastive import ContrastiveProblem
-from ..blockwise.contrastive import UNSHIFTED_LOGIT
 from .launching import Target
 from .operands import Products, choose_products
 
@@ -20,16 +17,13 @@ def products_of(problem: ContrastiveProblem, target: Target) -> Products:
 
 
 def bounded(problem: ContrastiveProblem) -> bool:
-    """Whether exp(z) needs no shift, as far as can be known without waiting for the device."""
-    scale = problem.scale
-    if problem.similarity != "cos" or (isinstance(scale, Tensor) and scale.device.type != "cpu"):
-        return False
-    return abs(float(scale)) + problem.hardness <= UNSHIFTED_LOGIT
+    """True if exp(z) needs no shift, as far as can be known without waiting for the device."""
+    return problem.unshifted
 
 
 def masked(problem: ContrastiveProblem) -> bool:
-    """Whether ids or hardness tell the entries of a tile apart."""
-    return problem.duplicates != "keep" or problem.hardness > 0
+    """True if ids or hardness tell the entries of a tile apart."""
+    return any(term.duplicates != "keep" or term.hardness > 0 for term in problem.terms())
 
 
 def crowded(problem: ContrastiveProblem, products: Products) -> bool:

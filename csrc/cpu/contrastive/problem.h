@@ -1,11 +1,11 @@
-// What the CPU kernels of the contrastive operation are handed. Symbols as in backends/problem/contrastive.py: N rows,
+// What the CPU kernels of the contrastive operation are handed. Symbols as in problems/contrastive.py: N rows,
 // M documents, D the embedding dimension, P Matryoshka prefixes (one, of width D, without Matryoshka).
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "memory.h"
+#include "../common/memory.h"
 
 namespace sbert_kernels {
 
@@ -26,48 +26,52 @@ struct Vectors {
   float* gradient = nullptr;  // [rows, D], zeroed; null where nobody wants it
   Array<float> inverse_norm;  // [P, rows], ones for dot products
   Array<double> projection;   // [P, rows], inverse_norm squared; 0 where the norm is a constant (below eps)
-  Array<double> along;        // [P, rows], sum of gradient of a similarity x similarity
+  Array<double> radial;       // [P, rows], sum of gradient of a similarity x similarity: the part along the vector
 };
 
 // Entries (i, start + i) of a term's matrix.
 struct Diagonal {
   int64_t start;
-  bool positive;  // of the row's own pairs: the positive, or a hard negative that hardness weighting tells apart
-  bool weighted;  // its logit gets the hardness penalty
+  bool positive;  // the positive, or a hard negative whose hardness differs from that of the other entries
+  bool hard;      // its logit gets the hardness penalty
 };
 
-// One direction of the loss.
+// What becomes of columns with the id of the row's own column.
+enum class DuplicateRule { kKeep = 0, kMask = 1, kPositive = 2 };
+
+// One direction of the loss, with the whole rule of its entries; see Term in problems/contrastive.py.
 struct Term {
   bool rows_are_queries;
   bool columns_are_queries;
   int64_t columns;
-  int64_t group;                  // terms of one group share a softmax
-  bool weighted;                  // entries get the hardness penalty
-  bool duplicates_are_positive;   // else they are excluded
-  int64_t own_column;             // column whose duplicates are row 0's duplicates
+  int64_t softmax;     // terms of one number share a softmax
+  int64_t own_column;  // column whose duplicates are row 0's duplicates
+  DuplicateRule duplicates;
+  bool guided;                    // the guide excludes columns
+  double hardness;                // strength of the penalty on hard entries
+  bool hard_everywhere;           // all entries are hard but pairs that say otherwise; else none are
   std::vector<Diagonal> pairs;    // computed row by row, not in the tiles
   std::vector<int64_t> excluded;  // starts of diagonals that are never in the softmax
 };
 
-enum class Products { kFloat32 = 0, kBFloat16x3 = 1, kBFloat16 = 2 };
+enum class MatmulPrecision { kFloat32 = 0, kBFloat16x3 = 1, kBFloat16 = 2 };
 
 struct Problem {
   Vectors queries, documents, all_queries;  // all_queries: data is null where it is the queries
   Vectors guide_queries, guide_documents;   // float; data is null without a guide
   bool bf16 = false;
-  Products products = Products::kFloat32;
+  MatmulPrecision precision = MatmulPrecision::kFloat32;
   int64_t rows = 0;        // N
   int64_t row_offset = 0;  // document of row 0's positive
   std::vector<Term> terms;
-  int64_t groups = 1;
+  int64_t softmaxes = 1;
   std::vector<Slice> slices;              // [P]
   std::vector<double> dim_weights;        // [P]
   const int64_t* query_ids = nullptr;     // of the query columns
   const int64_t* document_ids = nullptr;  // [M]
   bool cosine = true;
-  bool bounded = true;  // no logit can be larger than what exp() holds: the softmax needs no maximum
+  bool unshifted = true;  // no logit can be larger than what exp() holds: the softmax needs no maximum
   double scale = 1;
-  double hardness = 0;
   double eps = 0;
   double guide_margin = 0;
   bool guide_margin_relative = false;
@@ -81,7 +85,13 @@ struct Problem {
     return all_queries.data ? all_queries : queries;
   }
   int64_t first_row(const Term& term) const { return term.rows_are_queries ? 0 : row_offset; }
-  const int64_t* ids_of(const Term& term) const { return term.columns_are_queries ? query_ids : document_ids; }
+  // Ids of a term's columns, or null if it does not look at them.
+  const int64_t* ids_of(const Term& term) const {
+    if (term.duplicates == DuplicateRule::kKeep) return nullptr;
+    return term.columns_are_queries ? query_ids : document_ids;
+  }
+  // Logit / similarity of an entry.
+  double logit_factor(const Term& term, bool hard) const { return scale + (hard ? term.hardness : 0.0); }
   // What the weighted sum over the rows is divided by; 1 where no row counts, so that the loss is 0 then.
   double weight_sum() const {
     if (!weights) return static_cast<double>(rows);

@@ -1,4 +1,4 @@
-// torch.ops.sbert_kernels: the operators of the CPU extension, and the checks that keep a wrong call from the memory.
+// The operator of the contrastive operation, and the checks that keep a wrong call from the memory.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -6,9 +6,10 @@
 
 #include <cmath>
 
-#include "isa.h"
-#include "memory.h"
+#include "../common/isa.h"
+#include "../common/memory.h"
 #include "problem.h"
+#include "wire.h"
 
 namespace sbert_kernels {
 namespace {
@@ -36,36 +37,6 @@ const int64_t* ids(const std::optional<Tensor>& tensor, int64_t rows, const char
   return tensor->const_data_ptr<int64_t>();
 }
 
-// A term as backends/cpu/contrastive.py describes it, in integers:
-// rows are queries, columns are queries, columns, group, weighted, duplicates are positive, own column,
-// number of pairs, (start, positive, weighted) of each, number of excluded diagonals, start of each.
-std::vector<Term> parse_terms(c10::IntArrayRef numbers) {
-  std::vector<Term> terms;
-  size_t at = 0;
-  const auto next = [&] {
-    TORCH_CHECK(at < numbers.size(), "terms is cut short after ", numbers.size(), " numbers");
-    return numbers[at++];
-  };
-  while (at < numbers.size()) {
-    Term term;
-    term.rows_are_queries = next() != 0;
-    term.columns_are_queries = next() != 0;
-    term.columns = next();
-    term.group = next();
-    term.weighted = next() != 0;
-    term.duplicates_are_positive = next() != 0;
-    term.own_column = next();
-    for (int64_t left = next(); left > 0; --left) {
-      const int64_t start = next();
-      const bool positive = next() != 0, weighted = next() != 0;
-      term.pairs.push_back({start, positive, weighted});
-    }
-    for (int64_t left = next(); left > 0; --left) term.excluded.push_back(next());
-    terms.push_back(std::move(term));
-  }
-  return terms;
-}
-
 void check(Problem& problem) {
   std::vector<bool> positive;
   TORCH_CHECK(problem.rows > 0 && !problem.terms.empty(), "rows and terms must not be empty");
@@ -73,26 +44,27 @@ void check(Problem& problem) {
     const int64_t rows = problem.rows_of(term).rows, columns = problem.columns_of(term).rows;
     TORCH_CHECK(problem.first_row(term) + problem.rows <= rows, "a term has rows that are not there");
     TORCH_CHECK(0 < term.columns && term.columns <= columns, "a term has columns that are not there");
-    TORCH_CHECK(0 <= term.group && term.group < 4, "group must be 0..3, got ", term.group);
-    problem.groups = std::max(problem.groups, term.group + 1);
+    TORCH_CHECK(0 <= term.softmax && term.softmax < 4, "softmax must be 0..3, got ", term.softmax);
+    problem.softmaxes = std::max(problem.softmaxes, term.softmax + 1);
     const auto inside = [&](int64_t start, const char* what) {
       TORCH_CHECK(
           start >= 0 && start <= term.columns - problem.rows, what, " ", start, " of ", problem.rows,
           " rows leaves the ", term.columns, " columns");
     };
-    positive.resize(problem.groups);
+    positive.resize(problem.softmaxes);
     for (const Diagonal& diagonal : term.pairs) {
       inside(diagonal.start, "pair");
-      if (diagonal.positive) positive[term.group] = true;
+      if (diagonal.positive) positive[term.softmax] = true;
     }
     for (const int64_t start : term.excluded) inside(start, "excluded");
     if (problem.ids_of(term)) inside(term.own_column, "own_column");
-    if (problem.guide_queries.data) {
+    TORCH_CHECK(!term.guided || problem.guide_queries.data, "a term needs a guide, and there is none");
+    if (term.guided) {
       const Vectors& guide = term.columns_are_queries ? problem.guide_queries : problem.guide_documents;
       TORCH_CHECK(term.columns <= guide.rows, "a term has columns that the guide has not");
     }
   }
-  for (const bool found : positive) TORCH_CHECK(found, "every group needs a positive pair");
+  for (const bool found : positive) TORCH_CHECK(found, "every softmax needs a positive pair");
 }
 
 std::vector<Slice> slices(c10::IntArrayRef dims, int64_t dimension) {
@@ -113,18 +85,22 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs contrastive_op(
     const Tensor& queries, const Tensor& documents, const std::optional<Tensor>& all_queries,
-    const std::optional<Tensor>& scale_tensor, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& query_ids, const std::optional<Tensor>& document_ids,
-    const std::optional<Tensor>& guide_queries, const std::optional<Tensor>& guide_documents, double scale,
-    c10::IntArrayRef terms, c10::IntArrayRef dims, c10::ArrayRef<double> dim_weights, bool cosine, double hardness,
-    double eps, double guide_margin, bool guide_margin_relative, int64_t row_offset, int64_t products,
-    double bounded_logit, int64_t block_bytes, std::array<bool, 5> needs) {
-  TORCH_CHECK(0 <= products && products <= 2, "products must be 0, 1 or 2, got ", products);
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& query_ids,
+    const std::optional<Tensor>& document_ids, const std::optional<Tensor>& guide_queries,
+    const std::optional<Tensor>& guide_documents, double scale, c10::string_view term_layout,
+    c10::ArrayRef<double> terms, c10::IntArrayRef dims, c10::ArrayRef<double> dim_weights, bool cosine, bool unshifted,
+    double eps, double guide_margin, bool guide_margin_relative, int64_t row_offset, int64_t precision,
+    int64_t block_bytes, std::array<bool, 5> needs) {
   TORCH_CHECK(
-      products == 0 || *bfloat16_instructions(), "products ", products, " need AVX512-bf16 or AMX, which are not there");
+      term_layout == kTermLayout, "these kernels were built for other terms (", kTermLayout, ") than those given (",
+      term_layout, ")");
+  TORCH_CHECK(0 <= precision && precision <= 2, "precision must be 0, 1 or 2, got ", precision);
   TORCH_CHECK(
-      queries.scalar_type() == at::kFloat || (queries.scalar_type() == at::kBFloat16 && products == 2),
-      "queries must be float32, or bfloat16 for bfloat16 products, got ", queries.scalar_type());
+      precision == 0 || *bfloat16_instructions(), "matmul precision ", precision,
+      " needs AVX512-bf16 or AMX, which are not there");
+  TORCH_CHECK(
+      queries.scalar_type() == at::kFloat || (queries.scalar_type() == at::kBFloat16 && precision == 2),
+      "queries must be float32, or bfloat16 for bfloat16 matmuls, got ", queries.scalar_type());
   Problem problem;
   problem.queries = vectors(queries, "queries", queries.scalar_type());
   problem.documents = vectors(documents, "documents", queries.scalar_type());
@@ -138,7 +114,7 @@ Outputs contrastive_op(
       "embeddings differ in dimension");
   TORCH_CHECK(!guide_queries == !guide_documents, "a guide needs queries and documents");
   problem.bf16 = queries.scalar_type() == at::kBFloat16;
-  problem.products = static_cast<Products>(products);
+  problem.precision = static_cast<MatmulPrecision>(precision);
   problem.rows = problem.queries.rows;
   TORCH_CHECK(row_offset >= 0 && row_offset <= problem.documents.rows - problem.rows, "row_offset does not fit");
   problem.row_offset = row_offset;
@@ -153,14 +129,13 @@ Outputs contrastive_op(
   TORCH_CHECK(dim_weights.size() == dims.size(), "dim_weights must be as many as dims");
   problem.query_ids = ids(query_ids, all_queries ? problem.all_queries.rows : problem.rows, "query_ids");
   problem.document_ids = ids(document_ids, problem.documents.rows, "document_ids");
-  problem.terms = parse_terms(terms);
+  problem.terms = TermReader(terms).read();
   check(problem);
   problem.cosine = cosine;
-  problem.scale = scale_tensor ? scale_tensor->item<double>() : scale;
+  problem.scale = scale;
   TORCH_CHECK(
       0 < problem.scale && std::isfinite(problem.scale), "scale must be positive and finite, got ", problem.scale);
-  problem.hardness = hardness;
-  problem.bounded = cosine && problem.scale + hardness <= bounded_logit;
+  problem.unshifted = unshifted;
   problem.eps = eps;
   problem.guide_margin = guide_margin;
   problem.guide_margin_relative = guide_margin_relative;
@@ -203,20 +178,15 @@ Outputs contrastive_op(
   return {loss, queries_gradient, documents_gradient, all_queries_gradient, scale_gradient, weights_gradient};
 }
 
-std::string cpu_instruction_set() { return instruction_set_name(); }
-std::string cpu_bfloat16_instructions() { return bfloat16_instructions(); }
-
 }  // namespace
 
-TORCH_LIBRARY(sbert_kernels, library) {
+TORCH_LIBRARY_FRAGMENT(sbert_kernels, library) {
   library.def(
-      "contrastive(Tensor queries, Tensor documents, Tensor? all_queries, Tensor? scale_tensor, Tensor? weights, "
+      "contrastive(Tensor queries, Tensor documents, Tensor? all_queries, Tensor? weights, "
       "Tensor? query_ids, Tensor? document_ids, Tensor? guide_queries, Tensor? guide_documents, float scale, "
-      "int[] terms, int[] dims, float[] dim_weights, bool cosine, float hardness, float eps, float guide_margin, "
-      "bool guide_margin_relative, int row_offset, int products, float bounded_logit, int block_bytes, bool[5] needs) "
+      "str term_layout, float[] terms, int[] dims, float[] dim_weights, bool cosine, bool unshifted, float eps, "
+      "float guide_margin, bool guide_margin_relative, int row_offset, int precision, int block_bytes, bool[5] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("cpu_instruction_set() -> str", cpu_instruction_set);
-  library.def("cpu_bfloat16_instructions() -> str", cpu_bfloat16_instructions);
 }
 
 TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", Operator<contrastive_op>::call); }

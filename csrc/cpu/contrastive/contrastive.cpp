@@ -2,12 +2,12 @@
 //
 // For a block of rows, for each term with row vectors r_i and column vectors c_j (prefixes of one or several widths p):
 //
-//   score   s_ij = (r_i . c_j) / (|r_i| |c_j|)                   tile by tile, kept for the block; exclusions at -inf
-//           l_i  = sum_j exp(z_ij), z = scale s (+ hardness s)   while the tile is in the cache
-//   weigh   g_ij = exp(z_ij) share_i scale / l_i                 gradient of s_ij, in place of s_ij
-//           h_ij = g_ij / (|r_i| |c_j|), summed over the prefixes that hold a slice, from the widest down
-//           dr_i += sum_j h_ij c_j                               slice by slice: D-long products, whatever the prefixes
-//   spread  dc_j += sum_i h_ij r_i
+//   score             s_ij = (r_i . c_j) / (|r_i| |c_j|)         tile by tile, kept for the block; exclusions at -inf
+//                     l_i = sum_j exp(z_ij), z = scale s (+ hardness s)   while the tile is in the cache
+//   backward_rows     g_ij = exp(z_ij) share_i scale / l_i          gradient of s_ij, in place of s_ij
+//                     h_ij = g_ij / (|r_i| |c_j|), summed over the prefixes that hold a slice, from the widest down
+//                     dr_i += sum_j h_ij c_j                        slice by slice: D-long products
+//   backward_columns  dc_j += sum_i h_ij r_i
 //
 // and at the end, where the similarity is cosine, dx -= x sum_p (sum of g s over x's row or column) / |x|^2 for each
 // vector: the gradient through its norm. Operands are read as they are: no normalised copies.
@@ -16,12 +16,12 @@
 // Problem::block_bytes. Every output element is written by one task, in a fixed order: no atomics, deterministic.
 #include <algorithm>
 
+#include "backward_columns.h"
+#include "backward_rows.h"
 #include "norms.h"
 #include "problem.h"
 #include "rows.h"
 #include "score.h"
-#include "spread.h"
-#include "weigh.h"
 #include "workspace.h"
 
 namespace sbert_kernels {
@@ -52,10 +52,10 @@ Result run_blocks(Problem& problem) {
     });
     if (!problem.want_gradient) continue;
     parallel_products(tiles, [&](const auto& next_task) {
-      Weighing<P> weighing(work, rows, begin, count);
-      for (int64_t tile = next_task(); tile >= 0; tile = next_task()) weighing.run(tile);
+      BackwardRows<P> backward_rows(work, rows, begin, count);
+      for (int64_t tile = next_task(); tile >= 0; tile = next_task()) backward_rows.run(tile);
     });
-    spread(work, begin, count);
+    backward_columns(work, begin, count);
   }
   for (int64_t i = 0; i < problem.rows; ++i) {
     result.loss += share(i) * result.losses[i];
@@ -73,14 +73,14 @@ Result run(Problem& problem) {
   measure<float>(problem.guide_queries, problem, whole, true);
   measure<float>(problem.guide_documents, problem, whole, true);
   Result result;
-  switch (problem.products) {
-    case Products::kFloat32:
+  switch (problem.precision) {
+    case MatmulPrecision::kFloat32:
       result = run_blocks<Float32Products>(problem);
       break;
-    case Products::kBFloat16x3:
+    case MatmulPrecision::kBFloat16x3:
       result = run_blocks<Bfloat16Products<2>>(problem);
       break;
-    case Products::kBFloat16:
+    case MatmulPrecision::kBFloat16:
       result = run_blocks<Bfloat16Products<1>>(problem);
       break;
   }

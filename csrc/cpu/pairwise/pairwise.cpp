@@ -15,9 +15,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "isa.h"
-#include "memory.h"
-#include "parallel.h"
+#include "../common/isa.h"
+#include "../common/memory.h"
+#include "../common/parallel.h"
 
 namespace sbert_kernels {
 namespace {

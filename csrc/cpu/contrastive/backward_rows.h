@@ -13,12 +13,12 @@
 namespace sbert_kernels {
 
 template <class P>
-class Weighing {
+class BackwardRows {
   using Element = typename P::Element;
   using Columns = Operand<P>;
 
  public:
-  Weighing(Workspace<P>& work, BlockRows& rows, int64_t begin, int64_t count)
+  BackwardRows(Workspace<P>& work, BlockRows& rows, int64_t begin, int64_t count)
       : work_(work), problem_(work.problem), rows_(rows), begin_(begin), count_(count) {
     weights_ = buffer<float>(kTileColumns * work.tile_rows);
     transposed_ = buffer<float>(kTileColumns * work.tile_rows);
@@ -26,7 +26,7 @@ class Weighing {
       for (auto& part : left_) part = buffer<Element>(kTileColumns * work.tile_rows);
       panel_ = buffer<Element>(work.queries.panel_size(kTileColumns));
     }
-    along_.resize(work.prefixes * work.tile_rows);
+    radial_.resize(work.prefixes * work.tile_rows);
   }
 
   // Gradients of a tile of rows; leaves those of the similarities in place of the similarities.
@@ -41,21 +41,21 @@ class Weighing {
     }
     size_t pair = 0;
     for (size_t term = 0; term < problem_.terms.size(); ++term) {
-      std::fill(along_.begin(), along_.end(), 0.0);
+      std::fill(radial_.begin(), radial_.end(), 0.0);
       const int64_t columns = problem_.terms[term].columns;
       for (int64_t column = 0; column < columns; column += kTileColumns) {
-        weigh_tile(term, tile, column, std::min(kTileColumns, columns - column));
+        backward_tile(term, tile, column, std::min(kTileColumns, columns - column));
       }
-      add_along(problem_.terms[term], tile);
-      for_each_pair(problem_, problem_.terms[term], pair, tile, [&](const OwnPair& own, const auto* r, const auto* c) {
-        pull_pair(problem_.terms[term], own, r, c);
-      });
+      add_radial(problem_.terms[term], tile);
+      for_each_pair(
+          problem_, problem_.terms[term], pair, tile,
+          [&](const RowPair& entry, const auto* r, const auto* c) { add_pair(problem_.terms[term], entry, r, c); });
       pair += problem_.terms[term].pairs.size();
     }
   }
 
  private:
-  void weigh_tile(size_t index, const RowTile& tile, int64_t column, int64_t count) {
+  void backward_tile(size_t index, const RowTile& tile, int64_t column, int64_t count) {
     const Term& term = problem_.terms[index];
     const Vectors& rows = problem_.rows_of(term);
     const Vectors& columns = problem_.columns_of(term);
@@ -73,13 +73,14 @@ class Weighing {
       }
       work_.row_inverse(rows, prefix, problem_.first_row(term) + tile.first, tile, inverse_);
       std::fill_n(sums_, tile.padded, 0.0f);
-      const int64_t at = rows_.statistic(term.group, prefix) + tile.offset;
+      const int64_t at = rows_.statistic(term.softmax, prefix) + tile.offset;
       tile_kernels().weigh(
-          {scores, wider, weights, ld, weights_ld, weights_ld, count, tile.padded, work_.logit_factor(term.weighted),
-           work_.logit_factor(false), duplicates.view, rows_.shift.data() + at, rows_.softmax_coefficient.data() + at,
-           rows_.positive_share.data() + at, inverse_, columns.inverse_norm.data() + prefix * columns.rows + column,
-           sums_, work_.column_sums_of(index, prefix, tile.index) + column});
-      for (int64_t i = 0; i < tile.count; ++i) along_[prefix * work_.tile_rows + i] += sums_[i];
+          {scores, wider, weights, ld, weights_ld, weights_ld, count, tile.padded,
+           work_.logit_factor(term, term.hard_everywhere), work_.logit_factor(term, false), duplicates.view,
+           rows_.shift.data() + at, rows_.softmax_coefficient.data() + at, rows_.positive_share.data() + at, inverse_,
+           columns.inverse_norm.data() + prefix * columns.rows + column, sums_,
+           work_.column_sums_of(index, prefix, tile.index) + column});
+      for (int64_t i = 0; i < tile.count; ++i) radial_[prefix * work_.tile_rows + i] += sums_[i];
 
       if constexpr (P::kPaired) {
         if (columns.gradient) {
@@ -129,40 +130,40 @@ class Weighing {
   }
 
   // What flows through the norms of the rows, and to the scale.
-  void add_along(const Term& term, const RowTile& tile) {
+  void add_radial(const Term& term, const RowTile& tile) {
     Vectors& rows = problem_.rows_of(term);
     for (int64_t prefix = 0; prefix < work_.prefixes; ++prefix) {
-      double* along = rows.along.data() + prefix * rows.rows + problem_.first_row(term) + tile.first;
+      double* radial = rows.radial.data() + prefix * rows.rows + problem_.first_row(term) + tile.first;
       for (int64_t i = 0; i < tile.count; ++i) {
-        const double sum = along_[prefix * work_.tile_rows + i];
-        along[i] += sum;
+        const double sum = radial_[prefix * work_.tile_rows + i];
+        radial[i] += sum;
         work_.scale_gradients[tile.first + i] += sum / problem_.scale;
       }
     }
   }
 
-  // Gradients of an own pair, which is the only one of its diagonal that touches its column.
+  // Gradients of a pair, which is the only one of its diagonal that touches its column.
   template <class T>
-  void pull_pair(const Term& term, const OwnPair& own, const T* r, const T* c) {
+  void add_pair(const Term& term, const RowPair& entry, const T* r, const T* c) {
     Vectors& rows = problem_.rows_of(term);
     Vectors& columns = problem_.columns_of(term);
-    double strength = 0;  // of the dot product, summed over the prefixes that hold a slice
+    double gradient_of_dot = 0;  // of the dot product, summed over the prefixes that hold a slice
     for (int64_t prefix = work_.prefixes - 1; prefix >= 0; --prefix) {
-      const int64_t in_rows = prefix * rows.rows + own.row, in_columns = prefix * columns.rows + own.column;
-      const double gradient = rows_.pair_gradient[rows_.pair(own.pair, prefix) + own.at];
-      const double along = gradient == 0 ? 0 : gradient * rows_.pair_scores[rows_.pair(own.pair, prefix) + own.at];
-      rows.along[in_rows] += along;
-      columns.along[in_columns] += along;
-      work_.scale_gradients[begin_ + own.at] += along / problem_.scale;
-      strength += gradient * rows.inverse_norm[in_rows] * columns.inverse_norm[in_columns];
-      const float factor = static_cast<float>(strength);
+      const int64_t in_rows = prefix * rows.rows + entry.row, in_columns = prefix * columns.rows + entry.column;
+      const double gradient = rows_.pair_gradient[rows_.pair(entry.pair, prefix) + entry.at];
+      const double radial = gradient == 0 ? 0 : gradient * rows_.pair_scores[rows_.pair(entry.pair, prefix) + entry.at];
+      rows.radial[in_rows] += radial;
+      columns.radial[in_columns] += radial;
+      work_.scale_gradients[begin_ + entry.at] += radial / problem_.scale;
+      gradient_of_dot += gradient * rows.inverse_norm[in_rows] * columns.inverse_norm[in_columns];
+      const float factor = static_cast<float>(gradient_of_dot);
       const Slice& slice = problem_.slices[prefix];
-      const auto pull = [&](float* gradients, int64_t of, const T* partner) {
+      const auto add_partner = [&](float* gradients, int64_t of, const T* partner) {
         tile_kernels().of<T>().add_scaled(
             partner + slice.begin, factor, slice.width, gradients + of * rows.dimension + slice.begin);
       };
-      if (rows.gradient) pull(rows.gradient, own.row, c);
-      if (columns.gradient) pull(columns.gradient, own.column, r);
+      if (rows.gradient) add_partner(rows.gradient, entry.row, c);
+      if (columns.gradient) add_partner(columns.gradient, entry.column, r);
     }
   }
 
@@ -174,7 +175,7 @@ class Weighing {
   Buffer<float> transposed_;                     // [rows, columns]
   std::array<Buffer<Element>, P::kParts> left_;  // the same in parts
   Buffer<Element> panel_;
-  Array<double> along_;  // [P, rows]
+  Array<double> radial_;  // [P, rows]
   float inverse_[kMaxTileRows], sums_[kMaxTileRows];
 };
 

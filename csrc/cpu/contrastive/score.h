@@ -38,9 +38,9 @@ class Scoring {
     size_t pair = 0;
     for (size_t term = 0; term < problem_.terms.size(); ++term) {
       const int64_t columns = problem_.terms[term].columns;
-      for_each_pair(problem_, problem_.terms[term], pair, tile, [&](const OwnPair& own, const auto* r, const auto* c) {
-        score_pair(problem_.terms[term], own, r, c);
-      });
+      for_each_pair(
+          problem_, problem_.terms[term], pair, tile,
+          [&](const RowPair& entry, const auto* r, const auto* c) { score_pair(problem_.terms[term], entry, r, c); });
       for (int64_t column = 0; column < columns; column += kTileColumns) {
         score_tile(term, pair, tile, column, std::min(kTileColumns, columns - column));
       }
@@ -59,15 +59,15 @@ class Scoring {
     if (!guided) return;
     work_.guide_queries.pack_transposed(tile.first, tile.count, tile.padded, guide_packs_[0].get());
     if (used[1]) work_.guide_documents.pack_transposed(document, tile.count, tile.padded, guide_packs_[1].get());
-    // The guide's similarity of the own pairs, out of the product that scores all others: a copy of the positive
+    // The guide's similarity of the pairs, out of the product that scores all others: a copy of the positive
     // ties with it, whatever the product rounds to.
     guide_tile(problem_.guide_queries, work_.guide_documents, document, tile.count, tile, 0);
     for (int64_t i = 0; i < tile.count; ++i) {
-      const float own =
+      const float positive =
           guide_dots_[i * tile.padded + i] * guide_inverse_[i] * problem_.guide_documents.inverse_norm[document + i];
-      const double slack = problem_.guide_margin * (problem_.guide_margin_relative ? std::fabs(own) : 1.0f);
+      const double slack = problem_.guide_margin * (problem_.guide_margin_relative ? std::fabs(positive) : 1.0f);
       // A few units in the last place are a tie, as they are where stock computes both by the same sum.
-      threshold_[i] = static_cast<float>(own - slack + 8 * std::numeric_limits<float>::epsilon());
+      threshold_[i] = static_cast<float>(positive - slack + 8 * std::numeric_limits<float>::epsilon());
     }
     std::fill(threshold_ + tile.count, threshold_ + tile.padded, std::numeric_limits<float>::infinity());
   }
@@ -92,7 +92,7 @@ class Scoring {
     const int64_t role = term.rows_are_queries ? 0 : 1;
     const TileDuplicates duplicates(problem_, term, tile, column);
     const Vectors& guide_columns = term.columns_are_queries ? problem_.guide_queries : problem_.guide_documents;
-    if (guide_columns.data) {
+    if (term.guided) {
       guide_tile(
           role ? problem_.guide_documents : problem_.guide_queries,
           term.columns_are_queries ? work_.guide_queries : work_.guide_documents, column, count, tile, role);
@@ -113,19 +113,19 @@ class Scoring {
       tile_kernels().score(
           {dots_.get(), scores, ld, count, tile.padded, inverse_,
            columns.inverse_norm.data() + prefix * columns.rows + column, duplicates.view, duplicate_counts_,
-           duplicate_scores_, guide_columns.data ? guide_dots_.get() : nullptr, guide_inverse_,
-           guide_columns.data ? guide_columns.inverse_norm.data() + column : nullptr, threshold_});
+           duplicate_scores_, term.guided ? guide_dots_.get() : nullptr, guide_inverse_,
+           term.guided ? guide_columns.inverse_norm.data() + column : nullptr, threshold_});
       exclude_diagonals(term, first_pair, tile, column, count, scores, ld, duplicates.view);
       if (duplicates.view.row_ids && duplicates.view.positive) {
         for (int64_t i = 0; i < tile.count; ++i) {
-          if (prefix == 0) rows_.duplicate_counts[term.group * rows_.ld + tile.offset + i] += duplicate_counts_[i];
-          rows_.duplicate_scores[rows_.statistic(term.group, prefix) + tile.offset + i] += duplicate_scores_[i];
+          if (prefix == 0) rows_.duplicate_counts[term.softmax * rows_.ld + tile.offset + i] += duplicate_counts_[i];
+          rows_.duplicate_scores[rows_.statistic(term.softmax, prefix) + tile.offset + i] += duplicate_scores_[i];
         }
       }
       add_statistics(
           term, prefix, tile,
-          {scores, ld, count, tile.padded, work_.logit_factor(term.weighted), work_.logit_factor(false),
-           duplicates.view, maxima_, nullptr, sums_});
+          {scores, ld, count, tile.padded, work_.logit_factor(term, term.hard_everywhere),
+           work_.logit_factor(term, false), duplicates.view, maxima_, nullptr, sums_});
     }
   }
 
@@ -161,11 +161,11 @@ class Scoring {
   }
 
   void add_statistics(const Term& term, int64_t prefix, const RowTile& tile, StatisticsTile statistics) {
-    const int64_t at = rows_.statistic(term.group, prefix) + tile.offset;
-    if (!problem_.bounded) {
+    const int64_t at = rows_.statistic(term.softmax, prefix) + tile.offset;
+    if (!problem_.unshifted) {
       std::fill_n(maxima_, tile.padded, kExcluded);
       tile_kernels().maximum(statistics);
-      for (int64_t i = 0; i < tile.count; ++i) rows_.raise_shift(term.group, prefix, tile.offset + i, maxima_[i]);
+      for (int64_t i = 0; i < tile.count; ++i) rows_.raise_shift(term.softmax, prefix, tile.offset + i, maxima_[i]);
     }
     std::fill_n(sums_, tile.padded, 0.0f);
     statistics.shift = rows_.shift.data() + at;
@@ -173,18 +173,18 @@ class Scoring {
     for (int64_t i = 0; i < tile.count; ++i) rows_.sums[at + i] += sums_[i];
   }
 
-  // Similarity of an own pair, from its own dot product.
+  // Similarity of a pair, from its own dot product.
   template <class T>
-  void score_pair(const Term& term, const OwnPair& own, const T* r, const T* c) {
+  void score_pair(const Term& term, const RowPair& entry, const T* r, const T* c) {
     const Vectors& rows = problem_.rows_of(term);
     const Vectors& columns = problem_.columns_of(term);
     double dot = 0;
     for (int64_t prefix = 0; prefix < work_.prefixes; ++prefix) {
       const Slice& slice = problem_.slices[prefix];
       dot += tile_kernels().of<T>().dot(r + slice.begin, c + slice.begin, slice.width);
-      rows_.pair_scores[rows_.pair(own.pair, prefix) + own.at] =
-          dot * rows.inverse_norm[prefix * rows.rows + own.row] *
-          columns.inverse_norm[prefix * columns.rows + own.column];
+      rows_.pair_scores[rows_.pair(entry.pair, prefix) + entry.at] =
+          dot * rows.inverse_norm[prefix * rows.rows + entry.row] *
+          columns.inverse_norm[prefix * columns.rows + entry.column];
     }
   }
 

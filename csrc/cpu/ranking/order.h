@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "isa.h"
-#include "memory.h"
+#include "../common/isa.h"
+#include "../common/memory.h"
 
 namespace sbert_kernels {
 

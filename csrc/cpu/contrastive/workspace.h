@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
+#include "../common/parallel.h"
 #include "problem.h"
 #include "products.h"
 #include "tile.h"
@@ -109,9 +109,7 @@ struct Workspace {
     return problem.all_queries.data ? all_queries : queries;
   }
 
-  float logit_factor(bool weighted) const {
-    return static_cast<float>(problem.scale + (weighted ? problem.hardness : 0.0));
-  }
+  float logit_factor(const Term& term, bool hard) const { return static_cast<float>(problem.logit_factor(term, hard)); }
 
   int64_t index_of(const Columns& columns) const { return &columns == &queries ? 0 : &columns == &documents ? 1 : 2; }
 
@@ -184,7 +182,7 @@ class TileDuplicates {
       view.row_ids = row_ids_;
       view.column_ids = ids + column;
       view.own_row = column - term.own_column - tile.first;
-      view.positive = term.duplicates_are_positive;
+      view.positive = term.duplicates == DuplicateRule::kPositive;
     }
   }
   TileDuplicates(const TileDuplicates&) = delete;  // the view points into it
@@ -195,32 +193,32 @@ class TileDuplicates {
   int64_t row_ids_[kMaxTileRows];
 };
 
-// Own pair `pair` of all terms': of row `at` of the block, between rows of the term's two operands.
-struct OwnPair {
+// Pair `pair` of all terms': of row `at` of the block, between rows of the term's two operands.
+struct RowPair {
   size_t pair;
   int64_t at, row, column;
 };
 
-// Calls function(own pair, row vector, column vector) for each own pair of a term in a tile.
+// Calls function(pair, row vector, column vector) for each pair of a term in a tile.
 template <class Function>
 void for_each_pair(
     Problem& problem, const Term& term, size_t first_pair, const RowTile& tile, const Function& function) {
   const Vectors& rows = problem.rows_of(term);
   const Vectors& columns = problem.columns_of(term);
-  OwnPair own{first_pair, 0, 0, 0};
+  RowPair entry{first_pair, 0, 0, 0};
   for (const Diagonal& diagonal : term.pairs) {
     for (int64_t i = 0; i < tile.count; ++i) {
-      own.at = tile.offset + i;
-      own.row = problem.first_row(term) + tile.first + i;
-      own.column = diagonal.start + tile.first + i;
-      const int64_t r = own.row * rows.dimension, c = own.column * columns.dimension;
+      entry.at = tile.offset + i;
+      entry.row = problem.first_row(term) + tile.first + i;
+      entry.column = diagonal.start + tile.first + i;
+      const int64_t r = entry.row * rows.dimension, c = entry.column * columns.dimension;
       if (problem.bf16) {
-        function(own, static_cast<const Bf16*>(rows.data) + r, static_cast<const Bf16*>(columns.data) + c);
+        function(entry, static_cast<const Bf16*>(rows.data) + r, static_cast<const Bf16*>(columns.data) + c);
       } else {
-        function(own, static_cast<const float*>(rows.data) + r, static_cast<const float*>(columns.data) + c);
+        function(entry, static_cast<const float*>(rows.data) + r, static_cast<const float*>(columns.data) + c);
       }
     }
-    ++own.pair;
+    ++entry.pair;
   }
 }
 

@@ -47,7 +47,7 @@ struct StatisticsTile {
   int64_t ld;
   int64_t columns, rows;
   float factor;            // logit / similarity
-  float duplicate_factor;  // the same of a further positive
+  float duplicate_factor;  // the same of a duplicate positive
   Duplicates duplicates;
   float* maxima;       // [rows], max with the logits
   const float* shift;  // [rows]
@@ -65,7 +65,7 @@ struct WeightTile {
   Duplicates duplicates;
   const float* shift;                // [rows]
   const float* softmax_coefficient;  // [rows], exp(logit - shift) times this is the gradient of a similarity
-  const float* positive_share;       // [rows], subtracted from that of a further positive
+  const float* positive_share;       // [rows], subtracted from that of a duplicate positive
   const float* row_inverse;          // [rows]
   const float* column_inverse;       // [columns]
   float* row_sums;                   // [rows] += gradient x similarity

@@ -18,7 +18,7 @@
 #include <mutex>
 #include <unordered_set>
 
-#include "memory.h"
+#include "../common/memory.h"
 #include "problem.h"
 #include "tile.h"
 

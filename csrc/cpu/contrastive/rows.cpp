@@ -20,14 +20,14 @@ BlockRows::BlockRows(const Problem& problem, int64_t ld)
     : ld(ld), problem_(problem), prefixes_(static_cast<int64_t>(problem.slices.size())) {
   for (const Term& term : problem.terms) {
     for (const Diagonal& diagonal : term.pairs) {
-      pairs_.push_back({term.group, diagonal.positive, problem.scale + (diagonal.weighted ? problem.hardness : 0.0)});
+      pairs_.push_back({term.softmax, diagonal.positive, problem.logit_factor(term, diagonal.hard)});
     }
   }
-  const int64_t statistics = problem.groups * prefixes_ * ld;
+  const int64_t statistics = problem.softmaxes * prefixes_ * ld;
   const int64_t pairs = static_cast<int64_t>(pairs_.size());
   for (auto* values : {&maxima, &shift, &softmax_coefficient, &positive_share}) values->resize(statistics);
   for (auto* values : {&sums, &duplicate_scores}) values->resize(statistics);
-  duplicate_counts.resize(problem.groups * ld);
+  duplicate_counts.resize(problem.softmaxes * ld);
   for (auto* values : {&pair_scores, &pair_gradient}) values->resize(pairs * prefixes_ * ld);
   pair_live.resize(pairs * ld);
   losses.resize(ld);
@@ -48,8 +48,8 @@ void BlockRows::reset(int64_t first, int64_t last) {
   fill(pair_live, char{1});
 }
 
-void BlockRows::raise_shift(int64_t group, int64_t prefix, int64_t row, float maximum) {
-  const int64_t at = statistic(group, prefix) + row;
+void BlockRows::raise_shift(int64_t softmax, int64_t prefix, int64_t row, float maximum) {
+  const int64_t at = statistic(softmax, prefix) + row;
   if (!(maximum > maxima[at])) return;
   maxima[at] = maximum;
   const float before = shift[at];
@@ -58,26 +58,26 @@ void BlockRows::raise_shift(int64_t group, int64_t prefix, int64_t row, float ma
 }
 
 void BlockRows::finish(int64_t row, double share) {
-  for (int64_t group = 0; group < problem_.groups; ++group) {
+  for (int64_t softmax = 0; softmax < problem_.softmaxes; ++softmax) {
     for (int64_t prefix = 0; prefix < prefixes_; ++prefix) {
-      finish_softmax(row, group, prefix, share);
+      finish_softmax(row, softmax, prefix, share);
     }
   }
 }
 
-void BlockRows::finish_softmax(int64_t row, int64_t group, int64_t prefix, double share) {
-  const int64_t at = statistic(group, prefix) + row;
-  const auto in_softmax = [&](size_t k) { return pairs_[k].group == group && pair_live[k * ld + row]; };
+void BlockRows::finish_softmax(int64_t row, int64_t softmax, int64_t prefix, double share) {
+  const int64_t at = statistic(softmax, prefix) + row;
+  const auto in_softmax = [&](size_t k) { return pairs_[k].softmax == softmax && pair_live[k * ld + row]; };
   const auto logit = [&](size_t k) { return pairs_[k].factor * pair_scores[pair(k, prefix) + row]; };
 
-  if (!problem_.bounded) {
+  if (!problem_.unshifted) {
     for (size_t k = 0; k < pairs_.size(); ++k) {
-      if (in_softmax(k)) raise_shift(group, prefix, row, static_cast<float>(logit(k)));
+      if (in_softmax(k)) raise_shift(softmax, prefix, row, static_cast<float>(logit(k)));
     }
   }
   const double shift_value = shift[at], others = sums[at];
   const auto exponential = [&](size_t k) { return std::exp(logit(k) - shift_value); };
-  // Sum without pair k: the others, not the total less the own part, which is nearly all of it in a trained model.
+  // Sum without pair k: the others, not the total less the part of k, which is nearly all of it in a trained model.
   const auto rest_of = [&](size_t k) {
     double rest = others;
     for (size_t other = 0; other < pairs_.size(); ++other) {
@@ -86,40 +86,40 @@ void BlockRows::finish_softmax(int64_t row, int64_t group, int64_t prefix, doubl
     return rest;
   };
 
-  double total = others, count = duplicate_counts[group * ld + row];
+  double total = others, count = duplicate_counts[softmax * ld + row];
   double positive_logits = problem_.scale * duplicate_scores[at];
-  size_t own = pairs_.size();  // the first positive
+  size_t positive = pairs_.size();  // the first positive
   for (size_t k = 0; k < pairs_.size(); ++k) {
     if (!in_softmax(k)) continue;
     total += exponential(k);
     if (pairs_[k].positive) {
-      if (own == pairs_.size()) own = k;
+      if (positive == pairs_.size()) positive = k;
       count += 1;
       positive_logits += logit(k);
     }
   }
-  const double own_logit = logit(own);
-  // log(total) - own_logit, exact where the others are few or far below.
-  const double excess = own_logit - shift_value > -600 ? std::log1p(rest_of(own) / exponential(own))
-                                                       : shift_value + std::log(total) - own_logit;
-  const double weight = problem_.dim_weights[prefix] / static_cast<double>(problem_.groups);
-  losses[row] += weight * (excess + (own_logit - positive_logits / count));
+  const double positive_logit = logit(positive);
+  // log(total) - positive_logit, exact where the others are few or far below.
+  const double excess = positive_logit - shift_value > -600 ? std::log1p(rest_of(positive) / exponential(positive))
+                                                            : shift_value + std::log(total) - positive_logit;
+  const double weight = problem_.dim_weights[prefix] / static_cast<double>(problem_.softmaxes);
+  losses[row] += weight * (excess + (positive_logit - positive_logits / count));
   if (!problem_.want_gradient) return;
 
-  const double strength = share * weight * problem_.scale;
-  softmax_coefficient[at] = static_cast<float>(strength / total);
-  positive_share[at] = static_cast<float>(strength / count);
+  const double coefficient = share * weight * problem_.scale;
+  softmax_coefficient[at] = static_cast<float>(coefficient / total);
+  positive_share[at] = static_cast<float>(coefficient / count);
   for (size_t k = 0; k < pairs_.size(); ++k) {
     double& gradient = pair_gradient[pair(k, prefix) + row];
     if (!in_softmax(k)) {
-      if (pairs_[k].group == group) gradient = 0;
+      if (pairs_[k].softmax == softmax) gradient = 0;
     } else if (!pairs_[k].positive) {
-      gradient = strength * (exponential(k) / total);
+      gradient = coefficient * (exponential(k) / total);
     } else if (std::isinf(total)) {
-      // An infinite logit leaves the own pair no share, which the exact form would compute as 0 * inf.
-      gradient = strength * (exponential(k) / total - 1 / count);
+      // An infinite logit leaves a positive no share, which the exact form would compute as 0 * inf.
+      gradient = coefficient * (exponential(k) / total - 1 / count);
     } else {
-      gradient = strength * (((count - 1) * exponential(k) - rest_of(k)) / (count * total));
+      gradient = coefficient * (((count - 1) * exponential(k) - rest_of(k)) / (count * total));
     }
   }
 }

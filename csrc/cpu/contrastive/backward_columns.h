@@ -10,7 +10,8 @@
 namespace sbert_kernels {
 
 template <class P>
-void spread_term(Workspace<P>& work, size_t index, Vectors& columns, int64_t column, int64_t begin, int64_t count) {
+void backward_columns_of_term(
+    Workspace<P>& work, size_t index, Vectors& columns, int64_t column, int64_t begin, int64_t count) {
   const Term& term = work.problem.terms[index];
   const Operand<P>& operand = work.rows_of(term);
   const int64_t in_tile = std::min(kTileColumns, term.columns - column);
@@ -20,9 +21,9 @@ void spread_term(Workspace<P>& work, size_t index, Vectors& columns, int64_t col
     const Slice& slice = work.problem.slices[prefix];
     for (int64_t t = 0; t < tiles; ++t) {
       const RowTile tile = work.row_tile(t, begin, count);
-      double* along = columns.along.data() + prefix * columns.rows + column;
+      double* radial = columns.radial.data() + prefix * columns.rows + column;
       const float* sums = work.column_sums_of(index, prefix, t) + column;
-      for (int64_t j = 0; j < in_tile; ++j) along[j] += sums[j];
+      for (int64_t j = 0; j < in_tile; ++j) radial[j] += sums[j];
       if (!columns.gradient) continue;
       typename Operand<P>::Pointers left;
       const auto* weights = reinterpret_cast<const typename P::Element*>(work.scores_of(index, prefix, column, tile));
@@ -40,7 +41,7 @@ void spread_term(Workspace<P>& work, size_t index, Vectors& columns, int64_t col
 
 // Gradients of the columns.
 template <class P>
-void spread(Workspace<P>& work, int64_t begin, int64_t count) {
+void backward_columns(Workspace<P>& work, int64_t begin, int64_t count) {
   for (Vectors* columns : {&work.problem.queries, &work.problem.documents, &work.problem.all_queries}) {
     if (!columns->data) continue;
     const int64_t tiles = (columns->rows + kTileColumns - 1) / kTileColumns;
@@ -48,7 +49,7 @@ void spread(Workspace<P>& work, int64_t begin, int64_t count) {
       for (int64_t tile = next_task(); tile >= 0; tile = next_task()) {
         for (size_t term = 0; term < work.problem.terms.size(); ++term) {
           if (&work.problem.columns_of(work.problem.terms[term]) != columns) continue;
-          spread_term(work, term, *columns, tile * kTileColumns, begin, count);
+          backward_columns_of_term(work, term, *columns, tile * kTileColumns, begin, count);
         }
       }
     });

@@ -18,7 +18,7 @@ void measure(Vectors& vectors, const Problem& problem, const std::vector<Slice>&
   const int64_t prefixes = static_cast<int64_t>(slices.size()), rows = vectors.rows;
   vectors.inverse_norm.assign(prefixes * rows, 1.0f);
   vectors.projection.assign(prefixes * rows, 0.0);
-  vectors.along.assign(prefixes * rows, 0.0);
+  vectors.radial.assign(prefixes * rows, 0.0);
   if (!cosine) return;
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -51,10 +51,10 @@ void project(Vectors& vectors, const std::vector<Slice>& slices) {
       for (int64_t prefix = prefixes - 1; prefix >= 0; --prefix) {
         const int64_t at = prefix * vectors.rows + row;
         const Slice& slice = slices[prefix];
-        double along = vectors.along[at];
+        double radial = vectors.radial[at];
         // Out of the gradient itself, where it is that of one prefix: its rounding along x then cancels.
-        if (prefixes == 1) along = tile_kernels().of<T>().dot_float(x + slice.begin, gradient, slice.width);
-        if (vectors.projection[at] != 0) factor += along * vectors.projection[at];
+        if (prefixes == 1) radial = tile_kernels().of<T>().dot_float(x + slice.begin, gradient, slice.width);
+        if (vectors.projection[at] != 0) factor += radial * vectors.projection[at];
         tile_kernels().of<T>().add_scaled(
             x + slice.begin, static_cast<float>(-factor), slice.width, gradient + slice.begin);
       }

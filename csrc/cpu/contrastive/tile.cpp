@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "isa.h"
+#include "../common/isa.h"
 
 namespace sbert_kernels {
 namespace {

@@ -1,4 +1,4 @@
-// What belongs to the rows of a block: softmax statistics, own pairs, and what follows from them.
+// What belongs to the rows of a block: softmax statistics, pairs, and what follows from them.
 #pragma once
 
 #include <cstdint>
@@ -8,18 +8,18 @@
 
 namespace sbert_kernels {
 
-// G groups, P prefixes, K own pairs (of all terms together), `ld` rows (the block's, padded).
+// G softmaxes, P prefixes, K pairs (of all terms together), `ld` rows (the block's, padded).
 class BlockRows {
  public:
   BlockRows(const Problem& problem, int64_t ld);
 
   const int64_t ld;
 
-  // Statistics of the tiles, own pairs apart.
+  // Statistics of the tiles, pairs apart.
   Array<float> maxima;             // [G, P, ld], of the logits
   Array<float> shift;              // [G, P, ld]
   Array<double> sums;              // [G, P, ld], of exp(logit - shift)
-  Array<double> duplicate_counts;  // [G, ld], further positives
+  Array<double> duplicate_counts;  // [G, ld], duplicate positives
   Array<double> duplicate_scores;  // [G, P, ld], sum of their similarities
 
   // Own pairs: computed row by row in double precision.
@@ -32,23 +32,23 @@ class BlockRows {
   Array<double> pair_gradient;       // [K, P, ld], of the pairs' similarities
   Array<double> losses;              // [ld]
 
-  int64_t statistic(int64_t group, int64_t prefix) const { return (group * prefixes_ + prefix) * ld; }
+  int64_t statistic(int64_t softmax, int64_t prefix) const { return (softmax * prefixes_ + prefix) * ld; }
   int64_t pair(int64_t pair, int64_t prefix) const { return (pair * prefixes_ + prefix) * ld; }
 
   // Begins rows [first, last) of a block.
   void reset(int64_t first, int64_t last);
-  // Lets a row know of a logit: moves its shift, if it is the largest so far, and its sum along.
-  void raise_shift(int64_t group, int64_t prefix, int64_t row, float maximum);
+  // Lets a row know of a logit: moves its shift, if it is the largest so far, and its sum with it.
+  void raise_shift(int64_t softmax, int64_t prefix, int64_t row, float maximum);
   // Loss and gradient factors of one row, whose share in the loss is given.
   void finish(int64_t row, double share);
 
  private:
-  void finish_softmax(int64_t row, int64_t group, int64_t prefix, double share);
+  void finish_softmax(int64_t row, int64_t softmax, int64_t prefix, double share);
 
   const Problem& problem_;
   const int64_t prefixes_;
   struct Pair {
-    int64_t group;
+    int64_t softmax;
     bool positive;
     double factor;  // logit / similarity
   };

@@ -210,7 +210,7 @@ Tensor back_in_place(const Array<double>& values, const Pairs& pairs, double fac
 
 // Loss, and the gradients of scores, scale and weights where needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor> ranking_op(
-    const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& scale_tensor,
+    const Tensor& scores, const Tensor& labels,
     const std::optional<Tensor>& weights, double scale, std::array<bool, 3> needs) {
   const int64_t count = scores.numel();
   const auto vector = [&](const Tensor& tensor) {
@@ -224,7 +224,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ranking_op(
       !weights || (vector(*weights) && weights->scalar_type() == at::kDouble),
       "weights must be a contiguous float64 vector of ", count);
   TORCH_CHECK(count <= std::numeric_limits<uint32_t>::max(), "too many pairs: ", count);
-  if (scale_tensor) scale = scale_tensor->item<double>();
 
   Pairs pairs;
   switch (labels.scalar_type()) {
@@ -263,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ranking_op(
 
 TORCH_LIBRARY_FRAGMENT(sbert_kernels, library) {
   library.def(
-      "ranking(Tensor scores, Tensor labels, Tensor? scale_tensor, Tensor? weights, float scale, bool[3] needs) -> "
+      "ranking(Tensor scores, Tensor labels, Tensor? weights, float scale, bool[3] needs) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -34,7 +34,8 @@ InstructionSet instruction_set();
 const char* instruction_set_name();
 
 // The instructions that bfloat16 products run with: "AMX" or "AVX512-bf16"; "" where brgemm has no such products. That
-// is what oneDNN says, which ONEDNN_MAX_CPU_ISA and torch.backends.mkldnn.flags() can lower, as ATEN_CPU_CAPABILITY can.
+// is what oneDNN says, which ONEDNN_MAX_CPU_ISA and torch.backends.mkldnn.flags() can lower, as ATEN_CPU_CAPABILITY
+// can.
 const char* bfloat16_instructions();
 
 template <class T>

@@ -1,0 +1,64 @@
+"""The contract that every backend fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ..problems.contrastive import ContrastiveProblem, ContrastiveResult
+from ..problems.contrastive import Needs as ContrastiveNeeds
+from ..problems.pairwise import PairwiseGradients, PairwiseProblem
+from ..problems.ranking import Needs as RankingNeeds
+from ..problems.ranking import RankingProblem, RankingResult
+
+Problem = ContrastiveProblem | RankingProblem | PairwiseProblem
+
+
+class Backend(Protocol):
+    """One way to compute all operations. Importing a backend's package imports none of its kernels.
+
+    Attributes:
+        name: The name that users ask for it by.
+        summary: A few words for `python -m sbert_kernels info`.
+        automatic: It may be chosen without being asked for.
+        device: The type of the device that it is made for; None if it is made for any.
+        uses_autograd: It computes gradients by autograd, which is off in a graph of torch.compile.
+    """
+
+    name: str
+    summary: str
+    automatic: bool = True
+    device: str | None = None
+    uses_autograd: bool = False
+
+    def why_not_on(self, device: str, by_name: bool) -> str | None:
+        """Returns why it cannot run on a device ("cuda:0"), or None if it can.
+
+        Args:
+            by_name: It was asked for by its name, and may do what it would not be chosen for.
+        """
+        return None
+
+    def why_not(self, operation: str, problem: Problem | None) -> str | None:
+        """Returns why it cannot serve a problem (None: the most usual one) where it runs, or None if it can."""
+        return None
+
+    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
+        """Returns loss and gradients of the contrastive operation."""
+        ...
+
+    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
+        """Returns loss and gradients of the ranking operation."""
+        ...
+
+    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
+        """Returns the scores of each similarity of the pairwise operation, (C * n,) each."""
+        ...
+
+    def pairwise_gradients(
+        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> PairwiseGradients:
+        """Returns the gradients of the embeddings from those of the scores."""
+        ...
