@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -188,10 +187,6 @@ class ContrastiveProblem:
 
     def terms(self) -> tuple[Term, ...]:
         """Returns the terms, in stock's order of concatenation."""
-        return self._terms
-
-    @cached_property
-    def _terms(self) -> tuple[Term, ...]:
         return tuple(
             self._term(direction, softmax=0 if self.spec.partition_mode == "joint" else index)
             for index, direction in enumerate(d for d in DIRECTIONS if d in self.spec.directions)

@@ -59,7 +59,7 @@ def _loss(
     matrices = []  # of each direction: logits and which entries are positives, both (N, columns)
     for direction in DIRECTIONS:
         if direction in problem.spec.directions:
-            matrices.append(_direction(problem, direction, queries, documents, all_queries, scale))
+            matrices.append(direction_logits(problem, direction, queries, documents, all_queries, scale))
     groups = [matrices] if problem.spec.partition_mode == "joint" else [[matrix] for matrix in matrices]
 
     loss = torch.zeros(len(queries), dtype=queries.dtype, device=queries.device)
@@ -71,7 +71,7 @@ def _loss(
     return loss.mean() if weights is None else (weights * loss).sum() / weight_sum(weights)
 
 
-def _direction(
+def direction_logits(
     problem: ContrastiveProblem,
     direction: str,
     queries: Tensor,
