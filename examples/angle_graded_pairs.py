@@ -10,7 +10,7 @@ from sentence_transformers.util import pairwise_cos_sim
 
 from sbert_kernels.losses import AnglEObjective
 
-summaries, bodies = (list(column) for column in zip(*text_pairs(size(256, 32)), strict=True))
+summaries, bodies = (list(column) for column in zip(*text_pairs(size(256, 16)), strict=True))
 first = summaries * 2
 second = bodies + bodies[1:] + bodies[:1]  # each summary with its own text, and with another one
 teacher = minilm()

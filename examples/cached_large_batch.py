@@ -1,4 +1,4 @@
-"""A batch of 512 pairs in the memory of 32: CachedMultipleNegativesRankingLoss.
+"""A batch of 256 pairs in the memory of 32: CachedMultipleNegativesRankingLoss.
 
 The batch goes through the encoder in mini-batches, twice. Rows are packed by their length, so that little of a
 mini-batch is padding.
@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformerTrainer
 
 from sbert_kernels.losses import CachedMultipleNegativesRankingLoss
 
-model = minilm(max_seq_length=256)
+model = minilm()
 loss = CachedMultipleNegativesRankingLoss(
     model,
     mini_batch_size=size(32, 4),
@@ -19,7 +19,7 @@ loss = CachedMultipleNegativesRankingLoss(
 )
 trainer = SentenceTransformerTrainer(
     model=model,
-    args=arguments(batch_size=512, steps=3, learning_rate=2e-5),
+    args=arguments(batch_size=256, steps=2, learning_rate=2e-5),
     train_dataset=pairs(2048),
     loss=loss,
 )

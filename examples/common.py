@@ -55,10 +55,10 @@ def pairs(count: int) -> Dataset:
     return Dataset.from_dict({"anchor": anchors, "positive": positives})
 
 
-def minilm(max_seq_length: int = 128) -> SentenceTransformer:
+def minilm() -> SentenceTransformer:
     """Returns all-MiniLM-L6-v2 with its trained weights."""
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
-    model.max_seq_length = size(max_seq_length, 32)
+    model.max_seq_length = size(128, 32)
     return model
 
 

@@ -29,7 +29,7 @@ loss = MultipleNegativesRankingLoss(
 )
 trainer = SentenceTransformerTrainer(
     model=model,
-    args=arguments(batch_size=32, steps=20, learning_rate=2e-5),
+    args=arguments(batch_size=32, steps=10, learning_rate=2e-5),
     train_dataset=triplets,
     loss=loss,
 )

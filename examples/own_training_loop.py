@@ -25,7 +25,7 @@ def loss_of(embeddings: list[torch.Tensor]) -> torch.Tensor:
 
 cache = GradCache(model, loss_of, mini_batch_size=size(16, 4))
 model.train()
-for step in range(size(5, 2)):
+for step in range(size(3, 2)):
     rows = data[step * batch_size : (step + 1) * batch_size]
     loss = cache([model.preprocess(rows["anchor"]), model.preprocess(rows["positive"])])
     optimizer.zero_grad()

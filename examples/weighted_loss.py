@@ -19,7 +19,7 @@ loss = WeightedLoss(
 )
 trainer = SentenceTransformerTrainer(
     model=model,
-    args=arguments(batch_size=64, steps=10, learning_rate=2e-5),
+    args=arguments(batch_size=64, steps=5, learning_rate=2e-5),
     train_dataset=pairs(2048),
     loss=loss,
 )
