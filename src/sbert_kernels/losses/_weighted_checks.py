@@ -97,7 +97,8 @@ def _wraps(loss: nn.Module, model: nn.Module) -> bool:
     """
     children = [(key, child) for key, child in loss._modules.items() if child is not None and child is not model]
     inner = [key for key, child in children if model in child._modules.values()]
-    return any(not uses_gradient_cache(loss) or key in inspect.signature(type(loss).__init__).parameters for key in inner)
+    arguments = inspect.signature(type(loss).__init__).parameters
+    return any(not uses_gradient_cache(loss) or key in arguments for key in inner)
 
 
 def _without_cache(loss: nn.Module) -> str:
