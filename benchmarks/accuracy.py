@@ -78,7 +78,7 @@ def _row(kind: str, scale: float, number: Format, rows: int, repeats: int) -> di
     for seed in range(repeats):
         leaves = _batch(rows, seed, scale if kind == "hard" else None, number.dtype)
         exact = _eager([leaf.detach().double().requires_grad_() for leaf in leaves], scale)
-        with settings.override(products=number.products):
+        with settings.override(matmul=number.products):
             loss = contrastive_loss(*leaves, scale=scale)
         found = {"ours": [loss, *torch.autograd.grad(loss * LOSS_FACTOR, leaves)], "eager": _eager(leaves, scale)}
         for side, values in found.items():

@@ -233,7 +233,7 @@ def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
                     learns = problem.scale.tensor is not None
                     needs = Needs(True, True, False, learns) if case.gradients else Needs()
                     with (
-                        settings.override(strategy=strategy, products=products),
+                        settings.override(strategy=strategy, matmul=products),
                         launching.recording(launching.Target(*TARGETS[target])) as launches,
                     ):
                         contrastive.contrastive(problem, needs)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +21,9 @@ from torch import nn
 import sbert_kernels
 from sbert_kernels import is_patched, losses, patch, unpatch
 from support.embedded import Embedded
+from support.gradients import step
+from support.numbers import assert_close
+from support.texts import text_features
 
 # Of the losses that stock has, the package that exports each.
 PACKAGES = {
@@ -220,6 +223,20 @@ def test_losses_made_inside_sentence_transformers_are_fused() -> None:
         loss = stock.CachedMultipleNegativesRankingLoss(Embedded())
     assert type(loss) is losses.CachedMultipleNegativesRankingLoss
     assert type(loss.loss) is losses.MultipleNegativesRankingLoss
+
+
+@pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss"])
+def test_a_cached_loss_while_patched_and_disabled_computes_as_stock(
+    monkeypatch: pytest.MonkeyPatch,
+    bert: Callable[..., Any],
+    name: str,
+) -> None:
+    expected = step(STOCK[name](bert()), text_features(bert()))
+    monkeypatch.setenv("SBERT_KERNELS_DISABLE", "1")
+    with patch():
+        loss = getattr(stock, name)(bert())
+        assert type(loss) is getattr(losses, name)
+        assert_close(step(loss, text_features(bert())), expected)
 
 
 def test_before_anything_else_is_imported() -> None:

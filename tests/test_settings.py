@@ -28,10 +28,10 @@ def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SBERT_KERNELS_BLOCK_BYTES", "0", "block_bytes", "a positive integer, a number of bytes"),
         ("SBERT_KERNELS_STRATEGY", "untiled", "strategy", "one of ['tiled', 'chunked']"),
         (
-            "SBERT_KERNELS_PRODUCTS",
+            "SBERT_KERNELS_MATMUL",
             "tf16",
-            "products",
-            f"one of {list(settings.PRODUCTS)}",
+            "matmul",
+            f"one of {list(settings.MATMUL_PRECISIONS)}",
         ),
     ],
 )
@@ -66,6 +66,28 @@ def test_a_misspelt_variable_is_named_once_with_what_it_may_have_meant(
     ]
 
 
+def test_the_former_name_of_a_variable_is_still_read_and_says_once_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("SBERT_KERNELS_MATMUL", raising=False)
+    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "tf32")
+    assert [settings.get("matmul") for _ in range(2)] == ["tf32"] * 2
+    assert caplog.messages == [
+        "SBERT_KERNELS_PRODUCTS is the former name of SBERT_KERNELS_MATMUL, and this is the last version to read it: "
+        "set SBERT_KERNELS_MATMUL=tf32."
+    ]
+    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "fp8")
+    with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='fp8' cannot be read: expected one of"):
+        settings.get("matmul")
+    caplog.clear()
+    monkeypatch.setenv("SBERT_KERNELS_MATMUL", "float32")
+    assert [settings.get("matmul") for _ in range(2)] == ["float32"] * 2
+    assert caplog.messages == [
+        "SBERT_KERNELS_PRODUCTS is the former name of SBERT_KERNELS_MATMUL: both are set, and SBERT_KERNELS_MATMUL is "
+        "used. Unset SBERT_KERNELS_PRODUCTS."
+    ]
+
+
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown setting"), settings.override(dissable=True):
         pass
@@ -75,7 +97,7 @@ def test_unknown_settings_are_refused() -> None:
     ("variable", "name", "values"),
     [
         ("SBERT_KERNELS_STRATEGY", "strategy", settings.STRATEGIES),
-        ("SBERT_KERNELS_PRODUCTS", "products", settings.PRODUCTS),
+        ("SBERT_KERNELS_MATMUL", "matmul", settings.MATMUL_PRECISIONS),
     ],
 )
 def test_choices_are_read_in_any_case_and_unset_or_empty_leave_them_open(
@@ -102,17 +124,15 @@ def test_the_usual_number_of_bytes_is_the_callers_until_one_is_set(monkeypatch: 
 
 @pytest.mark.parametrize("products", ["tf32", "tf32x3"])
 def test_the_cpu_kernels_refuse_products_of_gpus(products: str) -> None:
-    refused = pytest.raises(
-        ValueError, match=f"SBERT_KERNELS_PRODUCTS='{products}' is for GPUs; the cpu backend cannot"
-    )
-    with settings.override(products=products), refused:
+    refused = pytest.raises(ValueError, match=f"SBERT_KERNELS_MATMUL='{products}' is for GPUs; the cpu backend cannot")
+    with settings.override(matmul=products), refused:
         choose_precision({torch.float32})
 
 
 @pytest.mark.usefixtures("compiled")
 def test_a_loss_on_the_cpu_says_which_setting_stopped_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "tf32")
+    monkeypatch.setenv("SBERT_KERNELS_MATMUL", "tf32")
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='tf32' is for GPUs"):
+    with pytest.raises(ValueError, match="SBERT_KERNELS_MATMUL='tf32' is for GPUs"):
         contrastive_loss(x, x, backend="cpu")
     assert contrastive_loss(x, x, backend="blockwise").isfinite()

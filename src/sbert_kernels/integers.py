@@ -1,4 +1,4 @@
-"""Arguments that have to be integers, in whatever form a user has the number."""
+"""Reads arguments that have to be integers, in any form that a user has the number."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def as_integer(value: Any) -> int | None:
-    """The int that a number equals, or None where it equals none.
+    """Returns the int that a number equals, or None if it equals none.
 
     Args:
-        value: A number of any type (1e4, True, Decimal(3)), or a tensor or an array of one element. Text is no number.
+        value: A number of any type (1e4, True, Decimal(3)), or a tensor or an array of one element. A text is no
+            number.
     """
     if isinstance(value, (Tensor, np.ndarray)):
         if value.size != 1 if isinstance(value, np.ndarray) else value.numel() != 1:
@@ -23,5 +24,5 @@ def as_integer(value: Any) -> int | None:
     try:
         number = int(value)
         return number if number == value else None
-    except (TypeError, ValueError, OverflowError):  # no number at all, or one that is not finite
+    except (TypeError, ValueError, OverflowError):  # it is no number, or not finite
         return None

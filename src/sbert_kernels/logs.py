@@ -1,4 +1,4 @@
-"""Log lines for users who call something at every training step, and how they and errors name a value."""
+"""Logs a line once for something that is called at every training step, and puts values into words for messages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _logged: set[tuple[str, str]] = set()
 
 
 def log_once(logger: logging.Logger, message: str) -> None:
-    """A warning, once per logger, message and process."""
+    """Logs a warning, once for each logger and message in this process."""
     if (logger.name, message) not in _logged:
         _logged.add((logger.name, message))
         logger.warning(message)
 
 
 def described(value: Any) -> str:
-    """A value in the words of an error or a log line: never a whole model, nor all the numbers of a tensor."""
+    """Returns a short text for a value, for an error or a log line: never a whole model or all numbers of a tensor."""
     kind = type(value).__name__
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {described(item)}" for key, item in value.items()) + "}"
@@ -29,7 +29,7 @@ def described(value: Any) -> str:
         return f"{kind} of shape {list(value.shape)} and {value.dtype}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    # A function by its name; a module, whose repr is all that is in it, by its class.
+    # A function by its name. A torch module by its class, since its repr lists all that is in it.
     if callable(value):
         return getattr(value, "__name__", kind)
     return reprlib.repr(value)

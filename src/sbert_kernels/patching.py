@@ -1,4 +1,4 @@
-"""patch() and unpatch(): let a training script that imports sentence-transformers' losses get the fused ones."""
+"""patch() and unpatch(): give a training script that imports sentence-transformers' losses the fused ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+# The packages that export the stock losses.
 STOCK_LOSSES = (
     "sentence_transformers.sentence_transformer.losses",
     "sentence_transformers.sparse_encoder.losses",
@@ -20,7 +21,11 @@ STOCK_LOSSES = (
 
 
 class Patch(AbstractContextManager["Patch"]):
-    """What :func:`patch` replaced: stock class by stock name. As a context manager, undone at the end of the block."""
+    """Tells what :func:`patch` has replaced. As a context manager it undoes that at the end of the block.
+
+    Attributes:
+        replaced: The stock classes that were replaced, by their names.
+    """
 
     def __init__(self, replaced: dict[str, type]) -> None:
         self.replaced = replaced
@@ -28,7 +33,7 @@ class Patch(AbstractContextManager["Patch"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Not that of a nested patch(), nor of one that was undone since: they are not in force.
+        # The Patch of a nested patch(), or of one that was undone since, is not in force.
         if _in_force and _in_force[0] is self:
             unpatch()
 
@@ -36,31 +41,32 @@ class Patch(AbstractContextManager["Patch"]):
         return f"Patch({', '.join(self.replaced)})"
 
 
-# (object, attribute, value before, value set) of every rebinding in force, in the order made; and the Patch of them.
+# (object, attribute, value before, value set) of every rebinding in force, in the order that they were made.
 _undo: list[tuple[Any, str, Any, Any]] = []
+# The Patch that holds them, or nothing.
 _in_force: list[Patch] = []
 
 
 def patch() -> Patch:
-    """Rebind the stock losses of sentence-transformers to the drop-ins of :mod:`sbert_kernels.losses`.
+    """Replaces the stock losses of sentence-transformers by the drop-ins of :mod:`sbert_kernels.losses`.
 
-    The names are rebound in every module of sentence-transformers that holds them: the package, the defining
-    submodule, and modules that imported them. One line of the log, of level INFO, says how many; so does
-    :func:`is_patched`. Called again it does nothing, except that it rebinds what is stock's again since (by
-    ``importlib.reload``). Call it before the script's own ``from sentence_transformers... import SomeLoss``: names and
-    subclasses made earlier stay stock, which is warned about. Losses built earlier stay stock, too.
+    Their names are rebound in every module of sentence-transformers that holds them: the package, the module that
+    defines the class, and modules that have imported it. One line of the log, of level INFO, says how many, and
+    :func:`is_patched` says whether. A second call does nothing, but for rebinding what has become stock's again since
+    (by ``importlib.reload``).
 
-    Call it at the top level of the script, not under ``if __name__ == "__main__"``: a process that is started anew
-    (``spawn``, joblib, Ray, Lightning's ``ddp_spawn``) imports the script again, and without the call its losses are
-    stock's.
+    Call it before the script's own ``from sentence_transformers... import SomeLoss``. Names, subclasses and losses that
+    were made earlier stay stock's; for names and subclasses there is a warning. Call it at the top level of the script,
+    not under ``if __name__ == "__main__"``: a new process (``spawn``, joblib, Ray, Lightning's ``ddp_spawn``) imports
+    the script again, and without the call its losses are stock's.
 
-    While patched, the drop-ins carry the stock classes' import path, so that model cards come out as with stock, and a
-    pickled loss loads where this package is not installed, or not patched; it is then a loss of stock's, which computes
-    the same. A loss that stock's class would not compute the same (an option that stock does not have, a learnable
-    scale, a part of a WeightedLoss) is pickled as the class of this package, and stays that everywhere.
+    While patched, the drop-ins have the import path of the stock classes. So model cards look as with stock, and a
+    pickled loss loads where this package is not installed or not patched: there it is a loss of stock's class, which
+    computes the same. A loss that stock's class would compute differently (it has an option that stock does not have,
+    a learnable scale, or is a part of a WeightedLoss) is pickled as the class of this package instead.
 
     Returns:
-        The :class:`Patch`, whose ``replaced`` maps each name to the stock class that was replaced.
+        The :class:`Patch`, whose ``replaced`` holds the stock classes that were replaced, by their names.
 
     Raises:
         ImportError: sentence-transformers is not installed, or too old.
@@ -79,7 +85,7 @@ def patch() -> Patch:
         return Patch(_in_force[0].replaced)
     replaced = {cls for _, _, cls in ours}
     early = _made_early(held, replaced)
-    # Before anything is changed: a warning may be an error.
+    # Before anything is changed, since a warning may be turned into an error.
     if missing and not _in_force:
         names = sorted(name for _, name in missing)
         warnings.warn(f"sbert_kernels.patch() did not find these stock losses: {names}.", stacklevel=2)
@@ -99,21 +105,21 @@ def patch() -> Patch:
         return Patch(_in_force[0].replaced)
     for (home, _), fused in drop_ins.items():
         _rebind(fused, "__module__", home)
-    _in_force.append(Patch({fused.__name__: _stock_base(fused) for fused in drop_ins.values()}))
+    _in_force.append(Patch({name: stock for fused in drop_ins.values() for name, stock in _stock_class_of(fused)}))
     return _in_force[0]
 
 
 def is_patched(loss: Any = None) -> bool:
-    """Whether :func:`patch` is in force, or whether a loss is one of the fused ones.
+    """Returns True if :func:`patch` is in force, or if a loss is one of this package.
 
     Args:
-        loss: A loss, or the class of one. A fused one prints as stock's class while patched, so this is how to tell;
-            it may have come by :func:`patch` or by an import from ``sbert_kernels.losses``. Of a loss that wraps
-            another, only the wrapper is looked at. None asks about the names that sentence-transformers holds now:
-            false as well if one of them is stock's again (``importlib.reload``), until patch() is called again.
+        loss: A loss, or the class of one. While patched, a loss of this package prints as stock's class does, so ask
+            here. Whether it comes from :func:`patch` or from ``sbert_kernels.losses`` makes no difference. Of a loss
+            that wraps another only the wrapper is looked at. None asks about patch() itself: the answer is False also
+            if a name of sentence-transformers has become stock's again (by ``importlib.reload``).
 
     Raises:
-        TypeError: Neither a loss nor a class.
+        TypeError: It is neither a loss nor a class.
     """
     if loss is None:
         return bool(_in_force) and not any(
@@ -129,7 +135,7 @@ def is_patched(loss: Any = None) -> bool:
 
 
 def unpatch() -> None:
-    """Undo :func:`patch`. Losses built while patched stay what they are. Does nothing when not patched.
+    """Undoes :func:`patch`; does nothing if it is not in force. Losses that were built while patched stay as they are.
 
     A name that something else has rebound in the meantime is left alone.
     """
@@ -141,40 +147,45 @@ def unpatch() -> None:
 
 
 def _drop_ins() -> dict[tuple[str, str], type]:
-    """Each drop-in by the path of the stock class that it stands for."""
-    return {_path(_stock_base(fused)): fused for fused in _losses_of_ours() if _stock_base(fused) is not None}
+    """Returns each drop-in by the path of the stock class that it stands for."""
+    return {_path(stock): fused for fused in _losses_of_ours() for _, stock in _stock_class_of(fused)}
 
 
 def _losses_of_ours() -> list[type]:
-    """The classes of :mod:`sbert_kernels.losses`, without those of stock's that it hands out beside them."""
-    losses = import_module(".losses", __package__)  # before stock's: it says which version is wanted
+    """Returns the classes that :mod:`sbert_kernels.losses` itself holds, without those that it takes from stock."""
+    losses = import_module(".losses", __package__)  # before stock's, because it checks the version
     return [value for name, value in vars(losses).items() if name in losses.__all__]
 
 
-def _stock_base(fused: type) -> type | None:
-    """The stock class that a drop-in stands for, its first base of the same name; None if stock has no such loss."""
-    return next((base for base in fused.__mro__[1:] if base.__name__ == fused.__name__), None)
+def _stock_class_of(fused: type) -> list[tuple[str, type]]:
+    """Returns [(name, the stock class that a drop-in stands for)], or [] if stock has no such loss.
+
+    It is the first base of the same name.
+    """
+    return [(base.__name__, base) for base in fused.__mro__[1:] if base.__name__ == fused.__name__][:1]
 
 
 def _path(cls: type) -> tuple[str, str]:
-    """Where a class is defined, which stays the same when its module is reloaded; a drop-in takes its stock's."""
+    """Returns the module and name of a class. They stay the same when its module is reloaded."""
     return cls.__module__, cls.__name__
 
 
 def _made_early(held: list[tuple[ModuleType, str, type]], stock: set[type]) -> list[str]:
-    """Names and subclasses of these stock classes that are neither sentence-transformers' nor ours."""
+    """Returns the names and subclasses of stock classes that are neither sentence-transformers' nor of this package."""
     found = {f"{module.__name__}.{attribute}": module.__name__ for module, attribute, cls in held if cls in stock}
-    found |= {f"{sub.__module__}.{sub.__qualname__}": sub.__module__ for cls in stock for sub in cls.__subclasses__()}
+    for cls in stock:
+        subclasses: list[type] = cls.__subclasses__()
+        found |= {f"{subclass.__module__}.{subclass.__qualname__}": subclass.__module__ for subclass in subclasses}
     known = ("sentence_transformers", __package__)
     return sorted(name for name, module in found.items() if not any(_is_within(module, package) for package in known))
 
 
 def _bindings(paths: Collection[tuple[str, str]]) -> Iterator[tuple[ModuleType, str, type]]:
-    """(module, attribute, class) wherever an imported module holds a stock class of these paths, under any name."""
+    """Yields (module, attribute, class) wherever a loaded module holds a stock class of these paths, under any name."""
     names = {name for _, name in paths}
-    for module in {id(module): module for module in list(sys.modules.values())}.values():  # some have two names
+    for module in {id(module): module for module in list(sys.modules.values())}.values():  # some modules have two names
         if isinstance(module, ModuleType):
-            # Through __dict__: getattr would wake modules that load lazily.
+            # Through __dict__, because getattr would load the submodules of lazy modules.
             for attribute, value in list(vars(module).items()):
                 # Not isinstance: some objects compute their __class__, and warn about it.
                 if not issubclass(type(value), type) or value.__name__ not in names:
@@ -184,14 +195,17 @@ def _bindings(paths: Collection[tuple[str, str]]) -> Iterator[tuple[ModuleType, 
 
 
 def _is_drop_in(cls: type) -> bool:
+    """Returns True for a class of :mod:`sbert_kernels.losses`, which has stock's path while patched."""
     losses = sys.modules[f"{__package__}.losses"]
     return vars(losses).get(cls.__name__) is cls
 
 
 def _is_within(name: str, package: str) -> bool:
+    """Returns True if a module is a package or lies inside of it."""
     return name == package or name.startswith(package + ".")
 
 
 def _rebind(target: Any, attribute: str, value: Any) -> None:
+    """Sets an attribute, and notes how to undo it."""
     _undo.append((target, attribute, getattr(target, attribute), value))
     setattr(target, attribute, value)

@@ -1,7 +1,7 @@
-"""Every environment variable of the library, and the context manager that overrides it for a block of code.
+"""Holds every environment variable of the library, and a context manager that overrides them for a block of code.
 
-Variables are read at each call, so a script can change its mind between two steps, and a test never has to re-import.
-An override (:func:`override`) wins over the environment and is local to the current thread or task.
+Variables are read at each call, so a change between two training steps takes effect at once. An override
+(:func:`override`) wins over the environment, and is local to the current thread or asyncio task.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ MIB = 1 << 20
 
 
 def _parse_flag(text: str) -> bool:
+    """Returns a flag as a bool. A ValueError says what was wanted, here and in the other functions for ``parse``."""
     lowered = text.strip().lower()
     if lowered in ("1", "true", "yes", "on"):
         return True
@@ -32,6 +33,7 @@ def _parse_flag(text: str) -> bool:
 
 
 def _parse_bytes(text: str) -> int:
+    """Returns a positive number of bytes."""
     try:
         value = int(text)
     except ValueError:
@@ -42,14 +44,17 @@ def _parse_bytes(text: str) -> int:
 
 
 def _parse_name(text: str) -> str | None:
+    """Returns a name, or None for an empty text."""
     return text.strip() or None
 
 
-PRODUCTS = ("float32", "tf32", "tf32x3", "bfloat16x3", "bfloat16")
+MATMUL_PRECISIONS = ("float32", "tf32", "tf32x3", "bfloat16x3", "bfloat16")
 STRATEGIES = ("tiled", "chunked")
 
 
 def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str | None]:
+    """Returns a function that reads one of these names in any case, or None from an empty text."""
+
     def parse(text: str) -> str | None:
         name = text.strip().lower()
         if name and name not in allowed:
@@ -61,12 +66,21 @@ def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str | None]:
 
 @dataclass(frozen=True)
 class Variable:
-    """One setting: its environment variable, what it means, and how its text is read."""
+    """Describes one setting.
+
+    Attributes:
+        environment: The name of the environment variable.
+        default: The value while the variable is not set.
+        parse: Reads the text of the variable; a ValueError of it says what was wanted.
+        meaning: What the setting does, in one sentence, for users.
+        former: The name that the variable had in the version before. It is still read, with one logged line.
+    """
 
     environment: str
     default: Any
     parse: Callable[[str], Any]
     meaning: str
+    former: str | None = None
 
 
 VARIABLES: dict[str, Variable] = {
@@ -80,8 +94,8 @@ VARIABLES: dict[str, Variable] = {
         "SBERT_KERNELS_BLOCK_BYTES",
         None,
         _parse_bytes,
-        "Most bytes held of the similarity matrices at a time; unset is 64 MiB, or 512 MiB for the Triton kernels "
-        "(less is taken where more gains nothing).",
+        "The most bytes of similarity matrices in memory at a time; unset is 64 MiB, or 512 MiB for the Triton kernels "
+        "(less is taken if more would gain nothing).",
     ),
     "compile": Variable(
         "SBERT_KERNELS_COMPILE", True, _parse_flag, "0 forbids compiling the CPU kernels on first use."
@@ -92,19 +106,20 @@ VARIABLES: dict[str, Variable] = {
         _parse_name,
         "Where compiled kernels are kept; unset is the user's cache directory.",
     ),
-    "products": Variable(
-        "SBERT_KERNELS_PRODUCTS",
+    "matmul": Variable(
+        "SBERT_KERNELS_MATMUL",
         None,
-        _one_of(PRODUCTS),
-        "How float32 embeddings are multiplied: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; a CPU "
-        "refuses what it lacks, a GPU says what it takes instead; unset follows the embeddings' type and "
+        _one_of(MATMUL_PRECISIONS),
+        "The matmul precision of float32 embeddings: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; a "
+        "CPU refuses one that it lacks, a GPU logs which one it takes instead; unset follows "
         "torch.set_float32_matmul_precision().",
+        former="SBERT_KERNELS_PRODUCTS",
     ),
     "strategy": Variable(
         "SBERT_KERNELS_STRATEGY",
         None,
         _one_of(STRATEGIES),
-        "How the Triton kernels compute in-batch losses: tiled or chunked; unset takes what should be faster.",
+        "How the Triton kernels compute in-batch losses: tiled or chunked; unset takes the one that should be faster.",
     ),
     "autotune": Variable(
         "SBERT_KERNELS_AUTOTUNE",
@@ -114,58 +129,80 @@ VARIABLES: dict[str, Variable] = {
     ),
 }
 
-# Read elsewhere: by setup.py.
+# Read by setup.py alone.
 OTHER_VARIABLES = ("SBERT_KERNELS_BUILD",)
 
 _OVERRIDES: ContextVar[dict[str, Any] | None] = ContextVar("sbert_kernels_overrides", default=None)
 
 
 def get(name: str) -> Any:
-    """The value of a setting now: override, else environment, else default.
+    """Returns the value of a setting now: that of an override, else of the environment, else the default.
+
+    Args:
+        name: A key of :data:`VARIABLES`.
 
     Raises:
-        ValueError: if the environment variable holds text that cannot be read.
+        ValueError: The environment variable holds text that cannot be read.
     """
     _look_for_misspelt()
     overrides = _OVERRIDES.get()
     if overrides and name in overrides:
         return overrides[name]
     variable = VARIABLES[name]
-    text = os.environ.get(variable.environment)
+    environment = _name_in_use(variable)
+    text = os.environ.get(environment)
     if text is None:
         return variable.default
     try:
         return variable.parse(text)
     except ValueError as wanted:
-        raise ValueError(f"{variable.environment}={text!r} cannot be read: expected {wanted}.") from None
+        raise ValueError(f"{environment}={text!r} cannot be read: expected {wanted}.") from None
 
 
-_looked_at: int | None = None  # how many variables there were when they were looked through last
+def _name_in_use(variable: Variable) -> str:
+    """Returns the name to read a setting from: the former one if only that is set, which is logged once."""
+    name, former = variable.environment, variable.former
+    if former is None or former not in os.environ:
+        return name
+    if name in os.environ:
+        log_once(logger, f"{former} is the former name of {name}: both are set, and {name} is used. Unset {former}.")
+        return name
+    instead = f"{name}={os.environ[former]}"
+    log_once(logger, f"{former} is the former name of {name}, and this is the last version to read it: set {instead}.")
+    return former
+
+
+_looked_at: int | None = None  # the number of environment variables at the last look
 
 
 def _look_for_misspelt() -> None:
-    """Log one line for each variable that is named nearly like ours, which would do nothing and say nothing."""
+    """Logs one line for each environment variable that is named nearly like ours, as it would have no effect."""
     global _looked_at
-    if len(os.environ) == _looked_at:  # cheap enough for each call
+    if len(os.environ) == _looked_at:  # this runs at every call, and has to be cheap
         return
     _looked_at = len(os.environ)
     known = [*(variable.environment for variable in VARIABLES.values()), *OTHER_VARIABLES]
+    former = {variable.former for variable in VARIABLES.values()}
     for name in os.environ:
         plain = name.upper().replace("-", "_")
-        if name not in known and plain.startswith(("SBERT_KERNEL", "SBERTKERNEL")):
+        if name not in known and name not in former and plain.startswith(("SBERT_KERNEL", "SBERTKERNEL")):
             closest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
             log_once(logger, f"The environment variable {name} has no meaning to sbert-kernels: is it {closest}?")
 
 
 def block_bytes(usual: int = 64 * MIB) -> int:
-    """Most bytes of the similarity matrices to hold at a time: what is set, else what is usual for the caller."""
+    """Returns the most bytes of similarity matrices to hold at a time: what is set, else the caller's ``usual``."""
     value = get("block_bytes")
     return usual if value is None else value
 
 
 @contextmanager
 def override(**values: Any) -> Iterator[None]:
-    """Override settings by name (the keys of :data:`VARIABLES`) within a ``with`` block."""
+    """Overrides settings for a ``with`` block, by the names that are the keys of :data:`VARIABLES`.
+
+    Raises:
+        ValueError: A name is not among them.
+    """
     unknown = set(values) - set(VARIABLES)
     if unknown:
         raise ValueError(f"unknown setting {sorted(unknown)}: expected some of {sorted(VARIABLES)}.")

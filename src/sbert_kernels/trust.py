@@ -1,18 +1,18 @@
-"""Whether compiled code that lies on the disk may be run: only if nobody but this user and root can have put it there.
+"""Decides whether compiled code on the disk may be run: only if nobody but this user and root can have put it there.
 
-To load a library is to run whatever is in it. A name proves nothing where others can write, and neither does a file's
-own mode where they can replace the folder around it. So a path is trusted if, from the file up to the root,
+Loading a library runs whatever is in it. The name of a file proves nothing if others can write to its folder, and its
+mode proves nothing if they can replace the folder. So a path is trusted if, from the file up to the root folder,
 
 * everything belongs to this user or to root,
-* and nothing can be written by anybody else. A folder with the sticky bit (/tmp) may be: there only the owner of an
-  entry can rename or replace it, and the owner of each entry is looked at.
+* and nobody else can write to any of it. A folder above the file with the sticky bit, such as /tmp, is allowed: in it
+  only the owner of an entry can rename or replace that entry, and the owner of each entry is checked.
 
-A group may write if it is the user's own, which many systems make beside every account (mode 0775 is usual there): it
-is named like the user, is his primary group, and has no other member. Access control lists show as the group's mode,
-and a group is then not looked at any closer.
+A group may write if it is the user's private group, which many systems make for every account (mode 0775 is usual
+there): it has the user's name, is the user's primary group, and has no other member. An access control list shows as
+the mode of the group, so with such a list no group is taken for private.
 
-On Windows nothing is checked: neither owner nor mode say there who can write. The default cache lies in the user's
-profile, which Windows itself protects; another folder is taken as it is.
+On Windows nothing is checked, because neither owner nor mode say there who can write. The default cache lies in the
+user's profile, which Windows itself protects. Any other folder is trusted as it is.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pathlib import Path
 
 
 def distrust(path: Path) -> str | None:
-    """One clause that says why nothing at ``path`` may be run or written to, or ``None`` if it is trusted.
+    """Returns why nothing at ``path`` may be run or written, as one clause, or None if it is trusted.
 
-    What does not exist yet is passed over, up to the folder that does. The answer stays true afterwards, because nobody
-    else can change what it rests on; a folder that was made since has to be asked about again.
+    Parts of the path that do not exist yet are skipped. The answer stays true, since nobody else can change what was
+    checked; but a folder that is made later has to be checked again.
 
     Args:
-        path: Absolute and without links (:func:`os.path.realpath`), so that what is looked at is what will be opened.
+        path: Absolute and without links (:func:`os.path.realpath`), so that what is checked is what will be opened.
     """
     if sys.platform == "win32":
         return None
     for entry in (path, *path.parents):
         try:
             status = os.lstat(entry)
-        except (FileNotFoundError, NotADirectoryError):  # of the latter, a parent says more
+        except (FileNotFoundError, NotADirectoryError):  # the check of a parent reports the latter
             continue
         reason = _distrust_entry(entry, status, is_parent=entry is not path)
         if reason is not None:
@@ -47,17 +47,18 @@ def distrust(path: Path) -> str | None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, each for this user alone (mode 0700), whatever the umask."""
+    """Makes a folder and its missing parents, each for this user alone (mode 0700), whatever the umask is."""
     for folder in reversed((path, *path.parents)):
         try:
             folder.mkdir(mode=0o700)
-            folder.chmod(0o700)  # the umask may have taken more
-        except OSError:  # it exists, which some file systems report as that they cannot be written
+            folder.chmod(0o700)  # the umask may have removed some of it
+        except OSError:  # it exists; some file systems report that as "read-only"
             if not folder.is_dir():
                 raise
 
 
 def _distrust_entry(entry: Path, status: os.stat_result, is_parent: bool) -> str | None:
+    """Returns why one file or folder of a path is not trusted, or None."""
     mode = stat.S_IMODE(status.st_mode)
     is_folder = stat.S_ISDIR(status.st_mode)
     if not is_folder and (is_parent or not stat.S_ISREG(status.st_mode)):
@@ -75,12 +76,13 @@ def _distrust_entry(entry: Path, status: os.stat_result, is_parent: bool) -> str
 
 
 def _is_own_group(entry: Path, group: int) -> bool:
-    """Whether a group that may write an entry is the private one of this user or of root."""
+    """Returns True if the group of an entry is the private group of this user or of root."""
     return not _has_access_list(entry) and any(_is_private(group, user) for user in {os.geteuid(), 0})
 
 
 def _has_access_list(entry: Path) -> bool:
-    if not hasattr(os, "listxattr"):  # Linux has it; elsewhere the mode has to do
+    """Returns True if an entry has an access control list; False if the system cannot tell."""
+    if not hasattr(os, "listxattr"):  # only Linux has it
         return False
     try:
         return "system.posix_acl_access" in os.listxattr(entry, follow_symlinks=False)
@@ -90,13 +92,14 @@ def _has_access_list(entry: Path) -> bool:
 
 @cache
 def _is_private(group: int, user: int) -> bool:
+    """Returns True if a group has no member but this user, whose primary group it is."""
     import grp
     import pwd
 
     try:
         account, entry = pwd.getpwuid(user), grp.getgrgid(group)
         accounts = pwd.getpwall()
-    except (KeyError, OSError):  # a user or group without a name: in a container, say
+    except (KeyError, OSError):  # the user or the group has no name, as in some containers
         return False
     return (
         account.pw_gid == group

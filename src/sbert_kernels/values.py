@@ -1,7 +1,8 @@
-"""Whether tensors hold values that may be read: not while a graph is traced, nor in a dry run on tensors without data.
+"""Tells whether tensors hold values that may be read.
 
-A dry run (meta tensors, torch's FakeTensorMode: memory estimates, export, initialisation on "meta") asks for shapes and
-dtypes only. Whatever would read a value, to check it or to choose by it, asks :func:`readable` first.
+They may not while a graph is traced, or in a dry run: tensors on "meta" or of torch's FakeTensorMode, as in a memory
+estimate, in export or in an initialisation on "meta", have shapes and dtypes only. Code that reads a value, to check it
+or to decide by it, asks :func:`readable` first.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch._subclasses.fake_tensor import is_fake
 
 _MODES = torch._C._TorchDispatchModeKey
 _WITHOUT_VALUES = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
-_PLAIN = (Tensor, torch.nn.Parameter)  # most tensors are, and the question is asked at every step
+_PLAIN = (Tensor, torch.nn.Parameter)  # these types are never fake; most tensors are found here, without a search
 
 
 def readable(*values: Any) -> bool:
-    """Whether all tensors among the values hold data that may be looked at now."""
+    """Returns True if all tensors among the values hold data that may be read now."""
     if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) for mode in _WITHOUT_VALUES):
         return False
     return not any(
@@ -29,20 +30,21 @@ def readable(*values: Any) -> bool:
 
 
 def dry(*values: Any) -> bool:
-    """Whether this is a dry run: values are not :func:`readable`, and torch.compile is not the reason.
+    """Returns True in a dry run: values are not :func:`readable`, and torch.compile is not the reason.
 
-    That runs eagerly, with values, what it cannot trace: a decision made for want of them would be wrong there.
+    torch.compile runs what it cannot trace with real values. So code that does something else when there are no values
+    must not do so under torch.compile.
     """
     return not torch.compiler.is_compiling() and not readable(*values)
 
 
 def recorded() -> bool:
-    """Whether make_fx makes a graph now, which other data will go through."""
+    """Returns True while make_fx records a graph, which will run with other data."""
     return torch._C._get_dispatch_mode(_MODES.PROXY) is not None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off for a block, where the type of device has any; "meta" has none."""
+    """Returns a context that switches autocast off on a type of device, if that has autocast ("meta" has not)."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

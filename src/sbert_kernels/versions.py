@@ -1,7 +1,9 @@
-"""Importing this module checks the version of sentence-transformers, before anything that only newer ones have.
+"""Checks the version of sentence-transformers when it is imported, before anything that only newer versions have.
+
+What differs between the versions that are supported stands in :mod:`sbert_kernels._stock`.
 
 Raises:
-    ImportError: It is not installed, or older than 6.0; the message names what was found and what is wanted.
+    ImportError: sentence-transformers is not installed, or older than 6.0; the message says what was found and wanted.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ WANTED = "sbert-kernels needs sentence-transformers >= 6.0, < 7 (pip install -U 
 
 
 def check_sentence_transformers() -> None:
-    """Raise the ImportError that this module's docstring speaks of, if there is reason to."""
+    """Raises ImportError if sentence-transformers is not installed, or too old."""
     try:
         version = importlib.metadata.version("sentence-transformers")
     except importlib.metadata.PackageNotFoundError:
-        try:  # a source tree on the path
+        try:  # it may be a source tree on the path
             from sentence_transformers import __version__ as version
         except ModuleNotFoundError as error:
             if error.name != "sentence_transformers":

@@ -73,7 +73,7 @@ def test_cpu_equals_the_reference(
     reason = cpu.why_not_precision(kind)
     if reason is not None:
         pytest.skip(reason)
-    with library.override(block_bytes=block_bytes, products=kind.name.lower()):
+    with library.override(block_bytes=block_bytes, matmul=kind.name.lower()):
         ours = loss_and_gradients("cpu", problem, dtype)
     # Vectors are made of bfloat16 numbers, which every format holds: only the softmax weights are rounded to one.
     check_errors(ours, problem, UNIT[kind], logits_are_rounded=kind != MatmulPrecision.BFLOAT16)
@@ -106,7 +106,7 @@ TRITON_KINDS = {
 
 def check_triton(problem: dict[str, Any], kind: str, strategy: str) -> None:
     dtype, products, unit = TRITON_KINDS[kind]
-    with library.override(strategy=strategy, products=products):
+    with library.override(strategy=strategy, matmul=products):
         ours = loss_and_gradients("triton", problem, dtype)
     # Unit vectors are rounded to float16.
     check_errors(ours, problem, unit, logits_are_rounded=kind in ("float32", "float16"))

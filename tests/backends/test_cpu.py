@@ -53,7 +53,7 @@ def multiply_in() -> Iterator[Callable[[MatmulPrecision], None]]:
             reason = cpu.why_not_precision(kind)
             if reason is not None:
                 pytest.skip(reason)
-            stack.enter_context(library.override(products=kind.name.lower()))
+            stack.enter_context(library.override(matmul=kind.name.lower()))
 
         yield choose
 
@@ -123,11 +123,11 @@ for dtype in (torch.float32, torch.bfloat16):
             error = ((value - exact).norm() / exact.norm()).item()
             assert error < (1e-5 if dtype == torch.float32 else 1e-2), (dtype, options, error)
 for products in ("bfloat16", "bfloat16x3"):
-    with settings.override(products=products):
+    with settings.override(matmul=products):
         try:
             contrastive_loss(queries, documents, backend="cpu")
         except ValueError as error:
-            assert f"SBERT_KERNELS_PRODUCTS={products!r} cannot be served" in str(error)
+            assert f"SBERT_KERNELS_MATMUL={products!r} cannot be served" in str(error)
         else:
             raise AssertionError(f"{products} products where there should be none")
 """
@@ -178,18 +178,18 @@ def test_products_follow_the_precision_knob_and_the_machine(
 
 def test_products_that_are_asked_for_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, documents = batch(4, 3)
-    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "bfloat16x3")
-    refused = pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='bfloat16x3' cannot be served: there are no inst")
+    monkeypatch.setenv("SBERT_KERNELS_MATMUL", "bfloat16x3")
+    refused = pytest.raises(ValueError, match="SBERT_KERNELS_MATMUL='bfloat16x3' cannot be served: there are no inst")
     with torch.backends.mkldnn.flags(enabled=False), refused:  # which forbids what the processor may have
         contrastive_loss(queries, documents)
-    monkeypatch.setenv("SBERT_KERNELS_PRODUCTS", "fp8")
-    with pytest.raises(ValueError, match="SBERT_KERNELS_PRODUCTS='fp8' cannot be read: expected one of"):
+    monkeypatch.setenv("SBERT_KERNELS_MATMUL", "fp8")
+    with pytest.raises(ValueError, match="SBERT_KERNELS_MATMUL='fp8' cannot be read: expected one of"):
         contrastive_loss(queries, documents)
 
 
 def test_bfloat16_is_multiplied_in_float32_while_its_products_are_forbidden() -> None:
     queries, documents = batch(20, 8, torch.bfloat16)
-    with library.override(products="float32"):
+    with library.override(matmul="float32"):
         expected = loss_and_gradients(queries, documents)
     with torch.backends.mkldnn.flags(enabled=False):
         assert cpu.bfloat16_instructions() is None

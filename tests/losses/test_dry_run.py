@@ -45,6 +45,8 @@ class Vocabulary(PreTrainedTokenizerBase):
     def get_vocab(self) -> dict[str, int]:
         return {self.word: 0}
 
+    vocab = property(get_vocab)  # what stock's CachedGISTEmbedLoss compares before 6.2
+
 
 def gist(cls: Any, word: str, **options: Any) -> nn.Module:
     return cls(Encoder(Vocabulary("a")), Encoder(Vocabulary(word)), **options)

@@ -8,7 +8,9 @@ import random
 from typing import Any
 
 import pytest
+import sentence_transformers
 import torch
+from packaging.version import Version
 
 from support.cached_losses import (
     OBJECTIVES,
@@ -49,6 +51,8 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "rows", "negatives", "options"), cases())
 def test_equals_the_loss_in_one_piece(bert: Any, name: str, rows: int, negatives: int, options: dict[str, Any]) -> None:
+    if name == "weighted" and rows == 1 and Version(sentence_transformers.__version__) < Version("6.2"):
+        pytest.skip("stock's GlobalOrthogonalRegularizationLoss of one row is NaN before 6.2")
     model, guide = bert(), bert() if name == "guided" else None
     if guide is not None:
         torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""How many bytes of activations a forward pass keeps for its backward pass, and how many may be kept."""
+"""Counts the bytes of activations that a forward pass keeps for its backward pass, against the bytes allowed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ AUTO_SHARE = 0.5
 
 
 class ActivationBudget:
-    """Bytes that the graphs of mini-batches may hold until the backward pass.
+    """Holds the number of bytes that the graphs of mini-batches may still keep until the backward pass.
 
     Args:
-        total: Bytes.
-        encoders: Whose parameters and buffers are no activations.
+        total: Bytes for the whole step.
+        encoders: The encoders; their parameters and buffers do not count as activations.
     """
 
     def __init__(self, total: int, encoders: Sequence[nn.Module]) -> None:
@@ -31,31 +31,38 @@ class ActivationBudget:
         self._counted: dict[int, int] = {}
 
     def fits(self, tokens: float) -> bool:
-        """Whether a mini-batch of so many padded tokens is expected to fit; longer texts must come before shorter ones,
-        whose attention takes less a token."""
+        """Returns True if the graph of a mini-batch of so many padded tokens is expected to fit.
+
+        The guess is the largest number of bytes a token so far. So longer texts must come first: their attention takes
+        more bytes a token.
+        """
         return self._left > tokens * self._per_token
 
     def new_pool(self) -> None:
-        """Other texts, maybe another encoder: nothing is known of what they take."""
+        """Forgets the bytes a token: the next mini-batches are of other texts, maybe of another encoder."""
         self._per_token = 0.0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the bytes that are saved for backward in this block."""
+        """Counts the bytes that are saved for the backward pass in this block."""
         self._counted = {}
 
         def count(tensor: Tensor) -> Tensor:
             if _has_storage(tensor) and _storage(tensor) not in self._foreign:
                 self._counted[_storage(tensor)] = tensor.untyped_storage().nbytes()
-            # Not the tensor itself: an output that its own node saves (of tanh, of softmax) would hold the graph that
-            # holds it, for ever, as the garbage collector does not see this cycle.
+            # Not the tensor itself: tanh and softmax save their own output, which would hold the graph that holds it.
+            # The garbage collector does not see this cycle, so the memory would never be freed.
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(count, _as_it_is):
             yield
 
     def keeps(self, tokens: float) -> bool:
-        """Charge what was counted for so many padded tokens; False if it is too much, and has to be let go."""
+        """Takes what was counted off the budget; returns False, and takes nothing, if it is too much to be kept.
+
+        Args:
+            tokens: The padded tokens of the mini-batch that was counted.
+        """
         taken = sum(self._counted.values())
         self._counted = {}
         self._per_token = max(self._per_token, taken / max(tokens, 1))
@@ -66,10 +73,10 @@ class ActivationBudget:
 
 
 def budget_bytes(budget: int | str | None, devices: Sequence[torch.device]) -> int:
-    """The bytes that an ``activation_budget`` stands for now; "auto" is half of what the GPU has free.
+    """Returns the bytes that the option ``activation_budget`` stands for now; "auto" is half of a GPU's free memory.
 
     Raises:
-        ValueError: "auto" where the encoders are on no GPU.
+        ValueError: It is "auto", and the encoders are on no GPU.
     """
     if budget is None:
         return 0
@@ -90,7 +97,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    # Sparse tensors have none, and wrappers such as distributed tensors hold theirs inside.
+    # A sparse tensor has none, and a wrapper such as a distributed tensor has it inside.
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 

@@ -1,4 +1,4 @@
-"""GradCache: the gradient cache around a loss of one's own."""
+"""GradCache: the gradient cache around a user's own loss function."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from torch import Tensor, nn
 
 from ..logs import described
 from .engine import cached_loss
+from .loss_stage import backward_to_embeddings
 from .options import Options
-from .packing import Column, MiniBatch
-from .stage import backward_to_embeddings
+from .packing import MiniBatch
+from .padded import Column
 
 Outputs = Tensor | tuple[Tensor, ...]
 
 
 class GradCache:
-    """A loss over a batch that is embedded in mini-batches, twice, in the memory of one (arXiv 2101.06983)::
+    """Computes a user's loss of a large batch in the encoder memory of a mini-batch (GradCache)::
 
         cache = GradCache(model, loss_fn, mini_batch_size=32)
         for columns in batches:
             cache(columns).backward()
             optimizer.step()
 
-    The gradients are those of ``loss_fn([encode(model, column) for column in columns])``, whatever the options; also
-    those of parameters that the loss itself has. A mean over a batch, an in-batch comparison, a gradient scaler,
-    several ranks: nothing has to be adapted. It takes an encoder whose rows do not depend on each other, nor on their
-    padding (see ``packing``).
+    The batch is encoded twice, mini-batch by mini-batch: once to compute the loss of all its embeddings, and once in
+    the backward pass. Use it for a training loop of one's own, with any encoder of torch, when the encoder's
+    activations limit the batch.
 
-    **Embeddings of tokens** (late interaction) [n, tokens, D] are as wide as the longest text of their mini-batch. The
-    loss gets those of a column as [B, T, D], T the widest of them, zero where a mini-batch was narrower. Which of them
-    are tokens is said by the mask: return it beside them, and it is filled up alike::
+    The gradients are those of ``loss_fn([encode(model, column) for column in columns])``, whatever the options, and
+    parameters of the loss itself get theirs too. ``loss_fn`` may compare all rows of the batch. A gradient scaler,
+    gradient accumulation and training on several ranks need no change. The rows of the encoder must not depend on each
+    other or on their padding (otherwise see ``packing``).
+
+    **Token embeddings** (late interaction) [n, tokens, D] are as wide as the longest text of their mini-batch. The
+    loss gets those of a column as [B, T, D], where T is the widest; narrower ones are filled up with zeros. The mask
+    says which of them are tokens: return it beside them, and it is filled up alike::
 
         def encode(bert, features):
             return bert(**features).last_hidden_state, features["attention_mask"]
@@ -42,22 +47,25 @@ class GradCache:
             (queries, query_mask), (documents, document_mask) = embeddings  # [B, T, D] and [B, T] each
 
     Args:
-        encoders: The module that embeds every column, or a sequence with one for each column (query and document
-            towers; the same module may stand there twice). Each may be wrapped for distributed training.
-        loss_fn: ``loss_fn(embeddings, *args, **kwargs)`` gives a scalar; embeddings is a list of what ``encode`` gives
-            for each column, [B, ...], in the order of the rows.
-        mini_batch_size, mini_batch_num_tokens: See :class:`~sbert_kernels.gradcache.options.Options`; or one for each
-            of several encoders, as in ``mini_batch_size=(32, 8)``.
+        encoders: The module that encodes every column, or a sequence of modules, one for each column (a query tower and
+            a document tower; the same module may stand there twice). Each may be wrapped for distributed training.
+        loss_fn: ``loss_fn(embeddings, *args, **kwargs)`` returns a scalar. ``embeddings`` is a list of what ``encode``
+            returns for each column, [B, ...], in the order of its rows.
+        mini_batch_size, mini_batch_num_tokens: See :class:`~sbert_kernels.gradcache.options.Options`; or a sequence
+            with one for each encoder, as in ``mini_batch_size=(32, 8)``.
         packing, unique_rows, activation_budget, show_progress_bar: See
             :class:`~sbert_kernels.gradcache.options.Options`.
-        encode: ``encode(encoder, features)`` gives the embeddings [n, ...] of a mini-batch, or a tuple of several
-            tensors, each with n rows, of which the loss gets a tuple. In a tuple, and of tensors with three or more
-            dimensions, the second one may differ between mini-batches. By default ``encoder(features)``, or
-            ``encoder(**features)`` where the encoder's ``forward`` has arguments of their names; of a dictionary its
-            "sentence_embedding", as in sentence-transformers.
+        encode: ``encode(encoder, features)`` returns the embeddings [n, ...] of a mini-batch, or a tuple of several
+            tensors with n rows each; the loss then gets a tuple too. The second dimension may differ between
+            mini-batches, of every tensor of a tuple and of a tensor with three or more dimensions. By default it is
+            ``encoder(features)``, or ``encoder(**features)`` if the encoder's ``forward`` has arguments of these names;
+            if that returns a dictionary, its "sentence_embedding" is taken, as in sentence-transformers.
 
     Raises:
-        ValueError, TypeError: an option that cannot be.
+        ValueError, TypeError: An option is not as above.
+
+    Source:
+        Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
     """
 
     def __init__(
@@ -73,35 +81,36 @@ class GradCache:
         show_progress_bar: bool = False,
         encode: Callable[[nn.Module, Any], Outputs] | None = None,
     ) -> None:
-        several = isinstance(encoders, Iterable) and not isinstance(encoders, nn.Module)
-        modules = list(encoders) if several else [encoders]
+        several = not isinstance(encoders, nn.Module) and isinstance(encoders, Iterable)
+        # Looked at before it is known that these are modules.
+        modules: list[Any] = [encoders] if isinstance(encoders, nn.Module) or not several else list(encoders)
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             got = described(encoders)
             raise TypeError(f"encoders must be an nn.Module or a sequence of them, one a column, got {got}.")
-        self.encoders = encoders if isinstance(encoders, nn.Module) else modules
+        self.encoders: nn.Module | list[nn.Module] = encoders if isinstance(encoders, nn.Module) else modules
         self.loss_fn = loss_fn
         self.encode = encode or call
         count = len(modules) if several else None
         sizes = _one_each("mini_batch_size", mini_batch_size, count)
         tokens = _one_each("mini_batch_num_tokens", mini_batch_num_tokens, count)
-        # One for each encoder; they differ in their limits alone.
+        # One for each encoder. They differ only in the size of a mini-batch.
         self.options = [
             Options(size, most, packing, unique_rows, activation_budget, show_progress_bar)
             for size, most in zip(sizes, tokens, strict=True)
         ]
 
     def __call__(self, columns: Sequence[Column], *args: Any, **kwargs: Any) -> Tensor:
-        """The loss () of a batch; its ``backward()`` embeds the batch once more.
+        """Returns the loss () of a batch; its ``backward()`` encodes the batch once more.
 
         Args:
-            columns: One dictionary of features, or one tensor, for each column; the first dimension of every tensor is
-                the rows, and so are the entries of lists, tuples and arrays that have as many. With an
-                ``attention_mask`` [rows, length] they are packed by length. They are not changed.
+            columns: For each column one dictionary of features, or one tensor. The first dimension of every tensor is
+                the rows; lists, tuples and arrays with as many entries have one for each row. Features with an
+                ``attention_mask`` [rows, length] are packed by length. Nothing of them is changed.
             args, kwargs: Further arguments of the loss.
 
         Raises:
-            TypeError: no sequence of columns, or an encoder's output that is no tensor.
-            ValueError: columns that cannot be cut into rows, or that the loss does not use.
+            TypeError: The columns are no sequence, or an encoder returns no tensor.
+            ValueError: A column cannot be cut into rows, or the loss does not use it.
         """
         if isinstance(columns, (Mapping, Tensor)) or not isinstance(columns, Iterable):
             raise TypeError(
@@ -111,20 +120,21 @@ class GradCache:
             )
         columns = list(columns)
         single = isinstance(self.encoders, nn.Module)
-        encoders = [self.encoders] * len(columns) if single else self.encoders
+        encoders = [self.encoders] * len(columns) if isinstance(self.encoders, nn.Module) else self.encoders
         options = self.options * len(columns) if single else self.options
         if not columns or len(encoders) != len(columns):
             wanted = "at least one" if single else f"{len(encoders)}, one an encoder"
             raise ValueError(f"columns must be {wanted}, got {len(columns)}.")
         for position, column in enumerate(columns):
             _check_column(position, column)
-        make: dict[int, Callable[[list[Tensor]], Outputs]] = {}  # what the loss gets of a column's tensors
+        # By column: makes what the loss gets of the column's tensors.
+        make: dict[int, Callable[[list[Tensor]], Outputs]] = {}
 
         def embed(mini_batch: MiniBatch, first: bool) -> list[Tensor]:
-            own = mini_batch.pool.columns
-            encoder = encoders[own[0]]
-            tensors, make_own = _tensors(encoder, self.encode(encoder, mini_batch.features()))
-            make.update(dict.fromkeys(own, make_own))
+            positions = mini_batch.pool.columns
+            encoder = encoders[positions[0]]
+            tensors, make_output = _tensors(encoder, self.encode(encoder, mini_batch.features()))
+            make.update(dict.fromkeys(positions, make_output))
             return tensors
 
         def stage(outputs: list[list[Tensor]]) -> Tensor:
@@ -143,14 +153,14 @@ class GradCache:
 
 
 def call(encoder: nn.Module, features: Any) -> Any:
-    """What an encoder returns for features: handed over by name where its ``forward`` has arguments of their names."""
+    """Returns what an encoder gives for features, which go by name if its ``forward`` has arguments of these names."""
     if isinstance(features, Mapping) and _takes_by_name(encoder, features):
         return encoder(**features)
     return encoder(features)
 
 
 def pad_token_id(encoder: nn.Module) -> int | None:
-    """What an encoder's tokenizer pads with, or an encoder of transformers itself, if it says so."""
+    """Returns the token id that an encoder's tokenizer or configuration names for padding, or None."""
     encoder = unwrapped(encoder)
     for owner in ("tokenizer", "config"):
         found = getattr(getattr(encoder, owner, None), "pad_token_id", None)
@@ -160,21 +170,21 @@ def pad_token_id(encoder: nn.Module) -> int | None:
 
 
 def unwrapped(encoder: Any) -> Any:
-    """An encoder without what distributed training and ``torch.compile`` have put around it."""
+    """Returns an encoder without the wrappers of distributed training and ``torch.compile`` around it."""
     for wrapper in ("_orig_mod", "module", "_orig_mod"):
         encoder = getattr(encoder, wrapper, encoder)
     return encoder
 
 
 def _takes_by_name(encoder: Any, features: Mapping[str, Any]) -> bool:
-    """Whether an encoder has an argument for each feature, as those of transformers have.
+    """Returns True if an encoder has an argument for each feature, as the models of transformers have.
 
-    Those of sentence-transformers take one dictionary.
+    The models of sentence-transformers take one dictionary instead.
     """
     signature = inspect.signature(encoder.forward)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        # A wrapper (of torch, of peft) that hands on whatever it is given.
+        # A wrapper of torch or of peft hands on whatever it is given.
         inside = (getattr(encoder, name, None) for name in ("_orig_mod", "module", "base_model", "model"))
         inner = next((module for module in inside if isinstance(module, nn.Module) and module is not encoder), None)
         return inner is not None and _takes_by_name(inner, features)
@@ -186,10 +196,10 @@ def _takes_by_name(encoder: Any, features: Mapping[str, Any]) -> bool:
 
 
 def _tensors(encoder: nn.Module, output: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Outputs]]:
-    """The tensors of an output, and what makes of such tensors what the loss gets.
+    """Returns the tensors of an encoder's output, and a function that makes of such tensors what the loss gets.
 
     Raises:
-        TypeError: it is no tensor and no tuple of them.
+        TypeError: The output is neither a tensor nor a tuple of tensors.
     """
     name = type(unwrapped(encoder)).__name__
     if isinstance(output, Mapping):
@@ -215,7 +225,16 @@ def _tensors(encoder: nn.Module, output: Any) -> tuple[list[Tensor], Callable[[l
 
 
 def _one_each(name: str, value: Any, encoders: int | None) -> list[Any]:
-    """An option for each encoder; ``encoders`` is None where one module embeds every column."""
+    """Returns a list of an option for each encoder, given one value or a sequence.
+
+    Args:
+        name: The name of the option, for errors.
+        value: What the user has given.
+        encoders: The number of encoders; None if one module encodes every column.
+
+    Raises:
+        ValueError: There is not one value for each encoder.
+    """
     if not isinstance(value, (tuple, list)):
         return [value] * (encoders or 1)
     if encoders is None:
@@ -229,6 +248,7 @@ def _one_each(name: str, value: Any, encoders: int | None) -> list[Any]:
 
 
 def _check_column(position: int, column: Any) -> None:
+    """Raises TypeError or ValueError unless a column is a tensor with rows, or a dictionary that holds one."""
     if isinstance(column, Tensor):
         if not column.ndim:
             raise ValueError(f"columns[{position}] must have rows, got a tensor without dimensions.")

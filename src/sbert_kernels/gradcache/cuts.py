@@ -1,21 +1,24 @@
-"""Where a sequence of rows, sorted by length, is cut into mini-batches at the least cost."""
+"""Cuts rows, sorted by length, into mini-batches so that encoding them costs least."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Levels of length that the search for the best cuts tells apart; its time grows as their square.
+# The search takes at most so many different lengths; others are rounded up. Its time grows as their square.
 MOST_LEVELS = 1024
 
 
 def pack(lengths: np.ndarray, budget: int, per_call: int) -> list[np.ndarray]:
-    """Cut rows into mini-batches of at most ``budget`` padded tokens each (or of one row), at the least cost.
+    """Cuts rows into mini-batches of at most ``budget`` padded tokens each (or of one row), at the least cost.
 
-    The cost of a mini-batch is its padded tokens and ``per_call`` more. Rows are sorted by length and cut between two
-    lengths where the sum is least (a shortest path over the lengths that occur), and where the budget is full.
+    The cost of a mini-batch is its padded tokens plus ``per_call``. Rows are sorted by length. They are cut between
+    different lengths where the sum of the costs is least, which is a shortest path over the lengths that occur, and
+    wherever the budget is full.
 
     Args:
         lengths: Tokens of each row, [n] int.
+        budget: The most padded tokens of a mini-batch.
+        per_call: The cost of one more call of the encoder, in padded tokens.
 
     Returns:
         Indices of the rows of each mini-batch, the longest first.

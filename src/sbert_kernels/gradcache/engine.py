@@ -1,17 +1,17 @@
-"""The gradient cache (Gao et al. 2021, arXiv 2101.06983): a loss over a whole batch in the memory of a mini-batch.
+"""Runs the gradient cache (Gao et al. 2021, arXiv 2101.06983): a loss of a whole batch in the memory of a mini-batch.
 
-1. Embed the batch mini-batch by mini-batch, without graphs.
+1. Encode the batch mini-batch by mini-batch, without graphs.
 2. Compute the loss of all embeddings, and its gradients with respect to them: the cache.
-3. In the backward pass, embed each mini-batch once more, with a graph, and back-propagate its part of the cache.
+3. In the backward pass, encode each mini-batch once more, with a graph, and propagate its part of the cache through it.
 
-Step 3 is the first pass over again: same rows, dropout masks, precision (:mod:`replay`). Rows are grouped by their
-length (:mod:`packing`); graphs that fit a budget are kept from step 1 and not made again (:mod:`activations`); on
-several ranks gradients are summed once (:mod:`sync`). What a step remembers is its own, so that two forward passes may
-precede a backward pass, or two backward passes follow one.
+Step 3 repeats step 1 exactly: the same rows, dropout masks and precision (:mod:`replay`). Rows are grouped by their
+length (:mod:`packing`). Graphs that fit into a budget are kept from step 1 and not made again (:mod:`activations`). On
+several ranks the gradients are summed once (:mod:`sync`). All that a step remembers belongs to that step, so two
+forward passes may come before a backward pass, and two backward passes may follow one forward pass.
 
-Held at a time: the activations of one mini-batch or those kept, the embeddings and their gradients, and for each
-mini-batch the state of the random generators (5 kB). Where DistributedDataParallel has to see every parameter at once,
-it is one mini-batch of each pool, the last.
+In memory at a time are the activations of one mini-batch or those that are kept, the embeddings and their gradients,
+and for each mini-batch the state of the random generators (5 kB). If DistributedDataParallel has to see every parameter
+at once, they are the activations of one mini-batch of each pool.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from tqdm import tqdm
 from ..logs import log_once
 from ..values import dry
 from .activations import ActivationBudget, budget_bytes
+from .loss_stage import leaves_of
 from .options import Options
 from .outputs import Output, gradients_of_rows, put
-from .packing import Column, Limits, MiniBatch, Pool, Sliced, make_pools
+from .packing import Limits, MiniBatch, Pool, Sliced, make_pools
+from .padded import Column
 from .replay import RandomState, Surroundings, devices_of
-from .stage import leaves_of
 from .sync import GradientSync, most_of_all_ranks
 
 logger = logging.getLogger(__name__)
 
-# What is made of a mini-batch of n rows, [n, ...] each: embeddings, and whatever else the loss needs of the rows.
+# Encodes a mini-batch of n rows. Returns [n, ...] each: embeddings, and whatever else the loss needs of the rows.
 Embed = Callable[[MiniBatch, bool], Sequence[Tensor]]
 
 
@@ -53,22 +54,23 @@ def cached_loss(
     limits: Sequence[Limits] = (),
     trained: int | None = None,
 ) -> Tensor:
-    """The loss of a batch, whose backward pass embeds the batch once more.
+    """Returns the loss () of a batch; its backward pass encodes the batch once more.
 
     Args:
-        embed: ``embed(mini_batch, first)`` runs the encoder; without ``first`` only the ``trained`` outputs matter.
-        encoders: The module that embeds each column.
+        embed: ``embed(mini_batch, first)`` runs the encoder and returns its outputs. ``first`` is False in the second
+            pass, where only the trained outputs are needed.
+        encoders: The module that encodes each column.
         columns: The features of each column.
-        stage: ``stage(columns)`` returns the loss, a scalar, of the outputs of each column, [B, ...] each. If gradients
-            are enabled it leaves those of the trained outputs in their ``.grad``, and the loss may still carry those of
+        stage: ``stage(columns)`` returns the loss () from the outputs of each column, [B, ...] each. If gradients are
+            enabled, it leaves those of the trained outputs in their ``.grad``. The loss may still carry gradients of
             parameters of its own.
-        options: Those of the user.
-        pad: The padding token's id of each column's encoder, where it is known.
-        limits: Of each column's mini-batches; those of the options if there are none.
-        trained: How many of the outputs, the first, get a gradient, as far as they are no integers. None: all.
+        options: The user's options.
+        pad: The token id that the tokenizer of each column's encoder pads with, if it is known.
+        limits: The most of one mini-batch for each column; if empty, what the options say.
+        trained: The first so many outputs get gradients, unless they are integers. None: all of them.
 
     Raises:
-        ValueError: a column is empty, or the loss does not use it.
+        ValueError: A column is empty, or the loss does not use it.
     """
     step = _Step(embed, encoders, columns, options, pad, limits or [options.limits] * len(columns), trained)
     if not torch.is_grad_enabled():
@@ -90,7 +92,7 @@ def cached_loss(
     step.cache([[output.grad for output in column] for column in embeddings])
     ids = {id(output) for column in embeddings for output in column}
     if any(id(leaf) in ids for leaf in leaves_of(loss)):
-        # A stage of the user's that has called backward() and returns what it was called on: that graph is used up.
+        # A user's stage has called backward() on the loss that it returns, so the graph is used up.
         loss = loss.detach()
     loss = loss.clone() if loss.requires_grad else loss.detach().requires_grad_()
     loss.register_hook(step.replay)
@@ -99,31 +101,40 @@ def cached_loss(
 
 @dataclass(eq=False)
 class _Part:
-    """A mini-batch of a step, and what it takes to embed it once more."""
+    """Holds a mini-batch of a step, and what is needed to encode it once more.
+
+    Attributes:
+        mini_batch: The rows.
+        pool: The number of their pool.
+        counts: False if it is encoded only because other ranks have more mini-batches.
+        keep: True if its graph is to be kept whatever the budget says.
+        random_state: The random generators before the first pass; set if there is a second one.
+        kept: The trained outputs with their graph, if it was kept.
+    """
 
     mini_batch: MiniBatch
     pool: int
-    counts: bool = True  # False: embedded for the sake of other ranks
-    keep: bool = False  # its graph takes no memory that is not needed later
+    counts: bool = True
+    keep: bool = False
     random_state: RandomState | None = None
-    kept: Sequence[Tensor] | None = None  # trained outputs with their graph
+    kept: Sequence[Tensor] | None = None
 
 
 @dataclass(eq=False)
 class _Encoder:
-    """A module that embeds columns, and its parts of a step in the order of the first pass."""
+    """Holds a module that encodes columns, and its parts of a step in the order of the first pass."""
 
     module: nn.Module
     sync: GradientSync
     parts: list[_Part] = field(default_factory=list)
 
     def may_be_kept(self) -> list[_Part]:
-        """The parts whose graphs may wait for the second pass: not those that a wrapper has to see then."""
+        """Returns the parts whose graphs may be kept: not those that a wrapper has to run in the second pass."""
         last = self.last_parts()
         return [] if self.sync.sharded else [part for part in self.parts if part not in last]
 
     def last_parts(self) -> list[_Part]:
-        """The parts whose backward pass sums gradients over the ranks: together they reach every parameter in use."""
+        """Returns the parts whose backward pass sums gradients over the ranks; it reaches every parameter in use."""
         if not self.sync.wrapped:
             return []
         last_of_pool = {part.pool: part for part in self.parts}
@@ -131,7 +142,7 @@ class _Encoder:
 
 
 class _Step:
-    """One batch from its features to its gradients."""
+    """Runs one batch from its features to its gradients."""
 
     def __init__(
         self,
@@ -158,7 +169,7 @@ class _Step:
         tensors = [value for column in columns for value in _tensors(column)]
         packing, unique_rows = options.packing, options.unique_rows
         if dry(*tensors):
-            # Which rows are long, or equal, is not known.
+            # Without data nothing tells which rows are long, or equal.
             packing, unique_rows = "none", False
         try:
             self.pools = make_pools(
@@ -170,7 +181,7 @@ class _Step:
                 pad=pad,
             )
         except MemoryError as error:
-            # In torch's words, for which a smaller batch is tried.
+            # In torch's words, which tools that look for the largest batch wait for.
             raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {error or 'for packing'}") from error
         self._devices = devices_of(modules.values(), tensors)
         self._surroundings = Surroundings(modules.values(), self._devices)
@@ -187,8 +198,10 @@ class _Step:
             self._keep_the_end(self.encoders[-1])
 
     def _keep_the_end(self, encoder: _Encoder) -> None:
-        """Keep the graphs of the mini-batches that come last, together no larger than one may be: that memory is needed
-        for each of the others in the second pass, when these are through."""
+        """Marks the last mini-batches to keep their graphs, as many as together are no larger than one may be.
+
+        They take no extra memory: the second pass runs them first, and then needs as much for each of the others.
+        """
         pool = encoder.parts[-1].pool
         left = self.pools[pool].budget
         for part in reversed(encoder.may_be_kept()):
@@ -198,7 +211,7 @@ class _Step:
             part.keep = True
 
     def _as_many_as_other_ranks(self, encoder: _Encoder) -> list[_Part]:
-        """The parts of a sharded encoder, the last of each pool repeated for as long as another rank has more."""
+        """Returns the parts of a sharded encoder, with the last of a pool repeated until all ranks have as many."""
         pools: dict[int, list[_Part]] = {}
         for part in encoder.parts:
             pools.setdefault(part.pool, []).append(part)
@@ -216,10 +229,10 @@ class _Step:
     # -- the first pass ------------------------------------------------------------------------------------------------
 
     def embed_all(self, record: bool) -> list[list[Tensor]]:
-        """The outputs of each column, its rows in the caller's order.
+        """Runs the first pass, and returns the outputs of each column, its rows in the caller's order.
 
         Args:
-            record: Whether a backward pass may follow.
+            record: True if a backward pass may follow.
         """
         begin = RandomState(self._devices) if record else None
         self._versions = self._versions_now()
@@ -249,6 +262,7 @@ class _Step:
         return [self._column(of_pools, position) for position in range(self._columns)]
 
     def _first(self, part: _Part, record: bool, may_keep: bool) -> Sequence[Tensor]:
+        """Encodes a part in the first pass, and keeps its graph if that is allowed and fits into the budget."""
         if record:
             part.random_state = RandomState(self._devices)
         tokens = part.mini_batch.tokens
@@ -260,20 +274,22 @@ class _Step:
             outputs = self._embed(part.mini_batch, True)
         if part.keep or self._budget.keeps(tokens):
             part.kept = outputs[: self._trained]
-        # Without its graph, which would otherwise stand until the next mini-batch is done.
+        # Detached, or the caller's variable would hold the graph until the next mini-batch is done.
         return [output.detach() for output in outputs]
 
     def _column(self, of_pools: Sequence[Sequence[Output]], position: int) -> list[Tensor]:
+        """Returns the outputs [B, ...] of the column at a position from those of all pools."""
         number, pool = self._pool_of(position)
         return [output.of(pool.index(position)) for output in of_pools[number]]
 
     def _pool_of(self, position: int) -> tuple[int, Sliced | Pool]:
+        """Returns the pool that holds the column at a position, and its number."""
         return next((number, pool) for number, pool in enumerate(self.pools) if position in pool.columns)
 
     # -- the second pass -----------------------------------------------------------------------------------------------
 
     def cache(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
-        """Keep the gradients of the columns' trained outputs, as those of the rows of the pools."""
+        """Keeps the gradients of the trained outputs of each column, put together for the rows of each pool."""
         self._gradients = []
         for pool in self.pools:
             indices = [pool.index(position) for position in pool.columns]
@@ -283,10 +299,10 @@ class _Step:
             )
 
     def replay(self, grad_output: Tensor) -> None:
-        """Back-propagate the cache, times ``grad_output`` (), into the parameters of the encoders."""
+        """Runs the second pass: propagates the cache, times ``grad_output`` (), to the parameters of the encoders."""
         if self._versions_now() != self._versions:
-            # Kept graphs would mix these parameters with activations of the old, and as their saved tensors went
-            # through a hook, torch does not notice.
+            # Kept graphs would mix the new parameters with activations of the old ones. torch does not notice it,
+            # because their saved tensors went through a hook.
             for encoder in self.encoders:
                 for part in encoder.parts:
                     part.kept = None
@@ -295,11 +311,11 @@ class _Step:
                 last = encoder.last_parts()
                 trained = None
                 if encoder.sync.to_learn:
-                    # Of mini-batches that accumulate before it DistributedDataParallel would learn another graph.
+                    # First of all, or DistributedDataParallel would learn the graph of a pass that accumulates.
                     with encoder.sync.learning():
                         self._back_together(last, torch.zeros_like(grad_output))
                 with encoder.sync.accumulating():
-                    # Kept graphs first, which makes room.
+                    # Kept graphs first, which frees their memory.
                     for part in sorted(encoder.parts, key=lambda part: part.kept is None):
                         if part not in last and self._back_together([part], grad_output):
                             trained = part
@@ -307,31 +323,33 @@ class _Step:
                 summed = self._back_together(last, grad_output)
                 progress.update(sum(part.mini_batch.tokens for part in last))
                 if encoder.sync.due and not summed and trained is not None:
-                    # A frozen end sums nothing: embed for its sake what is trained, with a gradient of zero.
+                    # The last part is frozen, so nothing was summed: run a trained part again with gradients of zero.
                     self._back_together([trained], torch.zeros_like(grad_output))
 
     def _versions_now(self) -> list[int]:
-        """Counters of the changes in place of every parameter that is trained."""
+        """Returns torch's counter of changes in place of every parameter that is trained."""
         return [p._version for encoder in self.encoders for p in encoder.module.parameters() if p.requires_grad]
 
     def _back_together(self, parts: Sequence[_Part], grad_output: Tensor) -> bool:
-        """Embed parts once more and back-propagate all in one; False if none of them is trained."""
+        """Encodes parts once more and runs one backward pass for all; returns False if none of them is trained."""
         pairs = [pair for part in parts for pair in self._with_gradients(part, self._second(part), grad_output)]
         if pairs:
-            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         return bool(pairs)
 
     def _second(self, part: _Part) -> Sequence[Tensor]:
+        """Returns the trained outputs of a part with their graph, kept or made again."""
         if part.kept is not None:
             kept, part.kept = part.kept, None
             return kept
+        assert part.random_state is not None  # the first pass has recorded it
         with self._surroundings.autocasting(), part.random_state.restored():
             return self._embed(part.mini_batch, False)[: self._trained]
 
     def _with_gradients(
         self, part: _Part, outputs: Sequence[Tensor], grad_output: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The outputs of a part that have a graph and that the loss has used, each with its gradient."""
+        """Yields the outputs of a part that have a graph and that the loss has used, each with its gradient."""
         for output, rows in zip(outputs, self._gradients[part.pool], strict=True):
             if rows is None or not output.requires_grad:
                 continue
@@ -344,7 +362,7 @@ class _Step:
 
     @contextmanager
     def _progress(self, what: str, record: bool) -> Iterator[Any]:
-        """A bar over the tokens of one pass; the two of a step are numbered."""
+        """Shows a bar over the tokens of one pass for a block; the two passes of a step are numbered."""
         passes = f" {1 if what == 'Embed' else 2}/2" if record else ""
         total = sum(part.mini_batch.tokens for encoder in self.encoders for part in encoder.parts)
         with tqdm(
@@ -358,6 +376,7 @@ class _Step:
 
 
 def _has_active_dropout(encoder: nn.Module) -> bool:
+    """Returns True if a module inside of an encoder drops anything now."""
     return any(
         isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
         for module in encoder.modules()
@@ -365,5 +384,6 @@ def _has_active_dropout(encoder: nn.Module) -> bool:
 
 
 def _tensors(column: Column) -> list[Tensor]:
+    """Returns the tensors of a column."""
     values = [column] if isinstance(column, Tensor) else column.values()
     return [value for value in values if isinstance(value, Tensor)]

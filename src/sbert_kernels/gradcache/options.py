@@ -1,4 +1,4 @@
-"""The options of a gradient cache, as every loss that has one takes them."""
+"""Holds the options of a gradient cache, which every loss that has one takes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from .packing import PACKINGS, Limits
 
 @dataclass(frozen=True)
 class Options:
-    """How a batch is embedded.
+    """Holds and checks the options of a gradient cache.
 
-    Numbers may come in any form that equals an integer (``1e4``, ``torch.tensor(3)``), and are ints here.
+    A number may be given in any form that equals an integer (``1e4``, ``torch.tensor(3)``); here it is an int.
 
     Args:
-        mini_batch_size: The memory of a mini-batch is that of so many rows of the batch's longest text. May be None
-            where ``mini_batch_num_tokens`` is given.
-        mini_batch_num_tokens: The most tokens of a mini-batch instead, padding included; without padding, as stock
-            counts, where rows are taken as they come. A longer text is a mini-batch of its own.
-        packing: "length" sorts the rows of all columns that preprocess alike by their length and packs them within
-            that memory; "none" takes them as they come, column by column, ``mini_batch_size`` rows at a time, so that
-            dropout draws what it draws in sentence-transformers. An encoder whose rows depend on each other (BatchNorm,
-            spectral norm) or on their padding (FNet, some CNNs) gives another loss with "length". With "none" its loss
-            is that of sentence-transformers; what changes in every forward pass, as BatchNorm's running statistics do,
-            is so with ``activation_budget=0`` as well, as then every mini-batch is embedded twice.
-        unique_rows: Encode rows that are equal once. Under dropout they then share a mask.
-        activation_budget: Bytes of activations that may be kept from the first pass, so that as much is not embedded
-            twice; "auto" is half of what a GPU has free. None keeps what takes no memory that the second pass does not
-            need anyway: about one mini-batch; 0 keeps nothing. Weights that are changed in place before the backward
-            pass are noticed, and nothing kept is used; changes through ``.data`` (adversarial training) are not
-            noticed, and the gradients of what was kept then mix old and new weights: give 0 there.
-        show_progress_bar: Over the tokens of both passes.
+        mini_batch_size: A mini-batch takes no more memory than so many rows as long as the longest text of the batch.
+            It may be None if ``mini_batch_num_tokens`` is given.
+        mini_batch_num_tokens: The most tokens of a mini-batch, instead. Padding counts with ``packing="length"``; with
+            "none" it does not, as in sentence-transformers. A longer text is a mini-batch of its own.
+        packing: "length" sorts the rows of all columns that are preprocessed alike by their length, and fills
+            mini-batches from that. "none" takes the rows as they come, column by column, so that dropout draws the same
+            masks as in sentence-transformers. An encoder whose rows depend on each other (BatchNorm, spectral norm) or
+            on their padding (FNet, some CNNs) gives another loss with "length". With "none" it gives the loss of
+            sentence-transformers; for the same running statistics of BatchNorm, give ``activation_budget=0`` as well,
+            since only then every mini-batch is encoded twice.
+        unique_rows: True encodes rows that are equal only once. With dropout they then share one mask.
+        activation_budget: Bytes of activations that may be kept from the first pass; what is kept is not encoded twice.
+            "auto" is half of a GPU's free memory. None keeps about one mini-batch, which takes no more memory than the
+            second pass needs anyway. 0 keeps nothing. If weights are changed in place before the backward pass, nothing
+            that was kept is used. A change through ``.data`` (adversarial training) is not noticed, and the gradients
+            then mix old and new weights: give 0 in that case.
+        show_progress_bar: True shows a progress bar over the tokens of both passes.
 
     Raises:
-        ValueError, TypeError: an option that cannot be.
+        ValueError, TypeError: An option is not as above.
     """
 
     mini_batch_size: int | None = 32
@@ -61,7 +61,7 @@ class Options:
             self._as_integer("activation_budget", 0, "a number of bytes, 'auto' or None")
 
     def _as_integer(self, name: str, least: int, wanted: str) -> None:
-        """Put the int in the place of the number that was given."""
+        """Replaces a number by the int that it equals, after a check that there is one and that it is large enough."""
         given = getattr(self, name)
         number = as_integer(given)
         if number is None or number < least:
@@ -70,10 +70,11 @@ class Options:
 
     @property
     def limits(self) -> Limits:
+        """Returns the most that one mini-batch may hold."""
         return Limits(self.mini_batch_size, self.mini_batch_num_tokens)
 
     def changed(self) -> dict[str, Any]:
-        """The options that stock does not have, where they are not what stock does or the default."""
+        """Returns the options that stock does not have and that differ from their defaults, by name."""
         return {
             name: getattr(self, name)
             for name in ("packing", "unique_rows", "activation_budget")

@@ -1,7 +1,7 @@
-"""What encoders return, mini-batch by mini-batch, put together for all the rows of a pool.
+"""Puts together what encoders return, mini-batch by mini-batch, for all the rows of a pool.
 
-An output may have another second dimension in every mini-batch: embeddings of tokens [n, tokens, D] do, as mini-batches
-are as wide as their longest text, and so does the mask that comes with them. Each row is then filled up with zeros.
+The second dimension of an output may differ between mini-batches. That of token embeddings [n, tokens, D] does, because
+a mini-batch is as wide as its longest text, and so does that of their mask. Each row is then filled up with zeros.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .packing import MiniBatch
 
 
 class Output:
-    """One output of an encoder, for all the rows of a pool.
+    """Holds one output of an encoder, for all the rows of a pool.
 
     Args:
-        first: That of the first mini-batch, [n, ...].
-        rows: Of the pool.
-        alone: Whether the encoder returns nothing else: rows of vectors [n, D] are then all as long.
+        first: The output for the first mini-batch, [n, ...].
+        rows: The number of rows of the pool.
+        alone: True if the encoder returns nothing else. The second dimension of vectors [n, D] is then fixed.
     """
 
     def __init__(self, first: Tensor, rows: int, alone: bool) -> None:
@@ -31,10 +31,10 @@ class Output:
         self._fixed = first.ndim < 2 or (first.ndim == 2 and alone)
 
     def put(self, output: Tensor, mini_batch: MiniBatch) -> None:
-        """Store what a mini-batch gave.
+        """Stores the output of a mini-batch.
 
         Raises:
-            ValueError: it does not go with those before it.
+            ValueError: Its shape does not go with that of the mini-batches before.
         """
         before = self._values.shape
         fixed = 1 if self._fixed else 2
@@ -55,10 +55,10 @@ class Output:
         self._widths[mini_batch.rows] = width
 
     def of(self, index: np.ndarray | None) -> Tensor:
-        """The rows of a column, in its order; no wider than the mini-batches that they were in.
+        """Returns the rows of a column, in its order, no wider than the mini-batches that they were in.
 
         Args:
-            index: The pool's row that each of them is, or None where they are the same.
+            index: For each row of the column, its row in the pool; None if the column is the pool.
         """
         if index is None:
             return self._values
@@ -67,17 +67,22 @@ class Output:
 
 
 def put(outputs: list[Output], new: Sequence[Tensor], mini_batch: MiniBatch) -> None:
-    """Store the outputs of a mini-batch beside those of the other mini-batches of its pool.
+    """Stores the outputs of a mini-batch beside those of the other mini-batches of its pool.
+
+    Args:
+        outputs: What the pool has so far; empty before the first mini-batch.
+        new: The outputs of the mini-batch.
+        mini_batch: The mini-batch.
 
     Raises:
-        ValueError: they have not one entry a row, or do not go with those of the mini-batches before.
+        ValueError: An output has not one entry for each row, or does not go with those of the mini-batches before.
     """
     rows = len(mini_batch.rows)
-    for output in new:
-        if not output.ndim or len(output) != rows:
-            raise ValueError(f"an encoder must return [{rows}, dimension] for {rows} rows, got {list(output.shape)}.")
+    for values in new:
+        if not values.ndim or len(values) != rows:
+            raise ValueError(f"an encoder must return [{rows}, dimension] for {rows} rows, got {list(values.shape)}.")
     if not outputs:
-        outputs += [Output(output, mini_batch.pool.rows, alone=len(new) == 1) for output in new]
+        outputs += [Output(values, mini_batch.pool.rows, alone=len(new) == 1) for values in new]
     if len(outputs) != len(new):
         raise ValueError(f"an encoder returned {len(outputs)} tensors for one mini-batch and {len(new)} for another.")
     with torch.no_grad():
@@ -86,11 +91,11 @@ def put(outputs: list[Output], new: Sequence[Tensor], mini_batch: MiniBatch) -> 
 
 
 def gradients_of_rows(columns: Sequence[tuple[Tensor | None, np.ndarray | None]], rows: int) -> Tensor | None:
-    """The gradient of one output for all the rows of a pool, from those of its columns; None if none has any.
+    """Returns the gradient of one output for all the rows of a pool, or None if no column has any.
 
     Args:
-        columns: The gradient of each column, and the pool's row that each of its rows is (None: the same).
-        rows: Of the pool.
+        columns: For each column its gradient, and for each of its rows the row in the pool (None: the same rows).
+        rows: The number of rows of the pool.
     """
     given = [(gradient, index) for gradient, index in columns if gradient is not None]
     if not given:
@@ -100,6 +105,6 @@ def gradients_of_rows(columns: Sequence[tuple[Tensor | None, np.ndarray | None]]
     widest = max((gradient for gradient, _ in given), key=lambda gradient: gradient.shape[1:])
     total = widest.new_zeros(rows, *widest.shape[1:])
     for gradient, index in given:
-        own = total if gradient.ndim < 2 else total[:, : gradient.shape[1]]
-        own.index_add_(0, torch.from_numpy(index).to(gradient.device), gradient)
+        as_wide = total if gradient.ndim < 2 else total[:, : gradient.shape[1]]
+        as_wide.index_add_(0, torch.from_numpy(index).to(gradient.device), gradient)
     return total

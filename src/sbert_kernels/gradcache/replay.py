@@ -1,8 +1,8 @@
-"""What a forward pass depends on besides its inputs and its parameters, taken down so that it can be run once more.
+"""Records what a forward pass depends on besides its inputs and its parameters, so that it can be repeated.
 
-The gradients of a cache belong to the embeddings of the first pass: the second has to draw the same dropout masks, in
-the same precision. :class:`Surroundings` puts both passes into those of the first, whatever the backward pass is called
-from (outside autocast, on a thread of autograd's, after an evaluation that has switched the model).
+The gradients that a cache holds belong to the embeddings of the first pass, so the second pass must draw the same
+dropout masks and compute in the same precision. The backward pass may be called from anywhere: outside of autocast, on
+a thread of autograd, after an evaluation that has put the model into another mode.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 
 class RandomState:
-    """The state of the generators of the CPU and of some devices, now."""
+    """Holds the state that the random generators of the CPU and of some devices had when it was made."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
         self._devices = [(device, _device_state(device)) for device in devices]
 
     def restore(self) -> None:
+        """Puts the generators back into this state."""
         torch.set_rng_state(self._cpu)
         for device, state in self._devices:
             _set_device_state(device, state)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """This state for a block; afterwards the generators go on from where they were before it."""
+        """Puts the generators into this state for a block; after it they go on from where they were before."""
         outside = RandomState([device for device, _ in self._devices])
         self.restore()
         try:
@@ -38,11 +39,11 @@ class RandomState:
 
 
 class Surroundings:
-    """Autocast, deterministic algorithms, and which modules are in training mode, now.
+    """Holds autocast, deterministic algorithms and the modules' training modes, as they were when it was made.
 
     Args:
         encoders: The modules that will run.
-        devices: Where they run, the CPU aside.
+        devices: The devices that they run on, without the CPU.
     """
 
     def __init__(self, encoders: Iterable[nn.Module], devices: Sequence[torch.device]) -> None:
@@ -57,23 +58,23 @@ class Surroundings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Determinism and modes, for a whole pass."""
+        """Restores deterministic algorithms and training modes for a block, a whole pass."""
         with _deterministic_as(self._deterministic), _in_modes(self._modes):
             yield
 
     @contextmanager
     def autocasting(self) -> Iterator[None]:
-        """Autocast, for forward passes alone: the products of a backward pass would be cast by it, too."""
+        """Restores autocast for a block of forward passes; it would cast the products of a backward pass as well."""
         with ExitStack() as stack:
             for kind, enabled, dtype in self._autocast:
-                # Without its cache: weights that are cast in a pass without gradients would be found there, and get
-                # none, by the passes with gradients in the same block.
+                # Without its cache of weights that were cast: those of a pass without gradients would be taken in the
+                # passes with gradients of the same block, and the weights would get no gradient.
                 stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
             yield
 
 
 def devices_of(encoders: Iterable[nn.Module], tensors: Iterable[Tensor]) -> list[torch.device]:
-    """The devices, the CPU aside, whose generators the encoders may draw from."""
+    """Returns the devices, without the CPU, whose random generators the encoders may draw from."""
     found = {tensor.device for tensor in tensors}
     found |= {parameter.device for encoder in encoders for parameter in encoder.parameters()}
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
@@ -93,11 +94,13 @@ def _set_device_state(device: torch.device, state: Tensor) -> None:
 
 
 def _deterministic() -> tuple[bool, bool]:
+    """Returns whether torch uses deterministic algorithms, and whether it only warns where there are none."""
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @contextmanager
 def _deterministic_as(wanted: tuple[bool, bool]) -> Iterator[None]:
+    """Has torch use deterministic algorithms for a block as :func:`_deterministic` has returned it."""
     outside = _deterministic()
     if outside == wanted:
         yield
@@ -111,6 +114,7 @@ def _deterministic_as(wanted: tuple[bool, bool]) -> Iterator[None]:
 
 @contextmanager
 def _in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Has modules in training mode (True) or not for a block."""
     changed = [(module, module.training) for module, training in modes if module.training != training]
     for module, training in changed:
         module.training = not training

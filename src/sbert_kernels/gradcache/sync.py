@@ -1,7 +1,7 @@
-"""When the gradients of an encoder that is trained on several ranks are summed over them: once a step.
+"""Has the gradients of an encoder that is trained on several ranks summed over the ranks once a step.
 
-A gradient cache runs many backward passes a step, and each would sum. All but the last run without; what wraps the
-encoder then sums what has accumulated. The wrapper may be the encoder itself or stand anywhere inside it.
+A gradient cache runs many backward passes a step, and each of them would sum. Here all but the last accumulate, and the
+last one sums what has accumulated. The wrapper that sums may be the encoder itself or any module inside of it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Engines that partition gradients while a backward pass runs, once a step.
+# Wrappers that reduce gradients while a backward pass runs, and allow one such pass a step.
 REFUSED = ("DeepSpeedEngine",)
 
 
 class GradientSync:
-    """How the gradients of one encoder travel.
+    """Holds what sums the gradients of one encoder over the ranks, and switches it on and off.
 
     Raises:
-        TypeError: the encoder is wrapped by something that cannot run several backward passes a step.
+        TypeError: The encoder is wrapped by something that cannot run several backward passes a step.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -40,24 +40,24 @@ class GradientSync:
 
     @property
     def due(self) -> bool:
-        """Whether the step is to be summed now; not so within an outer ``no_sync()``."""
+        """Returns True if the gradients are to be summed in this step: not so under a user's ``no_sync()``."""
         return any(wrapper.require_backward_grad_sync for wrapper in self.replicated) or any(
             flags.reduces for flags in self.sharded
         )
 
     @property
     def counts_all_parameters(self) -> bool:
-        """Whether the backward pass that sums has to reach every parameter that the step has used."""
+        """Returns True if the backward pass that sums must reach every parameter that the step has used."""
         return any(wrapper.static_graph or not wrapper.find_unused_parameters for wrapper in self.replicated)
 
     @property
     def to_learn(self) -> list[nn.parallel.DistributedDataParallel]:
-        """Those that learn a static graph from their first backward pass, and have seen none."""
+        """Returns the wrappers that learn a static graph from their first backward pass and have not run it yet."""
         return [w for w in self.replicated if w.static_graph and not w._static_graph_delay_allreduce_enqueued]
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """The backward pass in this block is the first of a static graph: it has to sum, in ``no_sync()`` too."""
+        """Has the first backward pass of a static graph run in this block: it must sum, also under ``no_sync()``."""
         outside = [(wrapper, wrapper.require_backward_grad_sync) for wrapper in self.to_learn]
         for wrapper, _ in outside:
             wrapper.require_backward_grad_sync = True
@@ -69,7 +69,7 @@ class GradientSync:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Forward and backward passes in this block leave their gradients where they are."""
+        """Has forward and backward passes in this block add up gradients without summing them over the ranks."""
         with ExitStack() as stack:
             for wrapper in self.replicated:
                 stack.enter_context(wrapper.no_sync())
@@ -79,21 +79,23 @@ class GradientSync:
 
 
 class _Sharded:
-    """The switches of one module under FSDP2 (``fully_shard``)."""
+    """Switches the summing of one module under FSDP2 (``fully_shard``)."""
 
     def __init__(self, module: Any) -> None:
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # of an older torch: one a module, or none
+        if groups is None:  # an older torch has one group for each module, or none
             groups = [state._fsdp_param_group]
         self._groups = [group for group in groups if group is not None]
 
     @property
     def reduces(self) -> bool:
+        """Returns True if backward passes sum now."""
         return any(group.reduce_grads for group in self._groups)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
+        """Has passes in this block add up gradients without summing them over the ranks."""
         outside = [(group, group.reduce_grads, group.all_reduce_grads) for group in self._groups]
         for group in self._groups:
             group.reduce_grads = group.all_reduce_grads = False
@@ -105,25 +107,28 @@ class _Sharded:
 
 
 class _FlatSharded:
-    """The same of a module under FSDP1 (``FullyShardedDataParallel``)."""
+    """Switches the summing of one module under FSDP1 (``FullyShardedDataParallel``)."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
     @property
     def reduces(self) -> bool:
+        """Returns True if backward passes sum now."""
         return self._module._sync_gradients
 
     def accumulating(self) -> AbstractContextManager[None]:
+        """Has passes in this block add up gradients without summing them over the ranks."""
         return self._module.no_sync()
 
 
 def _sharded(modules: Sequence[nn.Module]) -> list[_Sharded | _FlatSharded]:
+    """Returns the switches of those modules that FSDP shards."""
     if not dist.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    # Of FSDP1 the outermost modules, which speak for those inside them.
+    # With FSDP1 the outermost modules switch those inside of them too.
     flat = [module for module in modules if isinstance(module, FullyShardedDataParallel)]
     inside = {inner for outer in flat for inner in outer.modules() if inner is not outer}
     return [
@@ -133,7 +138,10 @@ def _sharded(modules: Sequence[nn.Module]) -> list[_Sharded | _FlatSharded]:
 
 
 def most_of_all_ranks(counts: Sequence[int], device: torch.device) -> list[int]:
-    """The largest of each count over the ranks: sharded encoders gather parameters in every forward pass, together."""
+    """Returns the largest of each count over the ranks.
+
+    In every forward pass of a sharded encoder all ranks gather its parameters together, so all must run as many.
+    """
     most = torch.tensor(counts, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.tolist()

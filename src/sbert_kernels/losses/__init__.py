@@ -1,8 +1,8 @@
 """Drop-in replacements for the losses of sentence-transformers: the same names, arguments and numbers.
 
-A class that stock has too subclasses it and overrides the computation only, so ``isinstance``, configuration, model
-cards and whatever else looks at a loss keep working. All other names of stock's losses (of its sparse ones as well) are
-here, too, and are stock's own objects, so that this module can stand where a script imports stock's.
+Each class that stock has too is a subclass of stock's and overrides only the computation, so ``isinstance``,
+configurations, model cards and whatever else looks at a loss keep working. All other names of stock's losses, dense and
+sparse, are here as well and are stock's own objects, so that a script can import this module in the place of stock's.
 """
 
 from .. import versions  # noqa: F401  first: it says which sentence-transformers is wanted
@@ -11,7 +11,7 @@ from .. import versions  # noqa: F401  first: it says which sentence-transformer
 import sys
 from typing import Any
 
-from sentence_transformers.sentence_transformer import losses as _stock
+from sentence_transformers.sentence_transformer import losses as _dense
 from sentence_transformers.sparse_encoder import losses as _sparse
 
 from ._trainer import follow_trainers
@@ -29,7 +29,7 @@ from .multiple_negatives_ranking import MultipleNegativesRankingLoss, MultipleNe
 from .sparse_cosent import SparseAnglELoss, SparseCoSENTLoss
 from .weighted import WeightedLoss
 
-# Before any Trainer is made: a loss may be built inside of one.
+# Now, before any Trainer exists, because a Trainer may also build its loss itself.
 follow_trainers()
 
 __all__ = [
@@ -52,9 +52,9 @@ __all__ = [
 
 
 def _stock_s_own() -> dict[str, Any]:
-    """What stock's packages of losses have and this one has not, by name: classes, and the modules that define them."""
+    """Returns what stock's packages of losses have and this one lacks, by name: classes and their modules."""
     found: dict[str, Any] = {}
-    for package in (_stock, _sparse):
+    for package in (_dense, _sparse):
         for name in package.__all__:
             if name in globals():
                 continue
@@ -66,7 +66,7 @@ def _stock_s_own() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up at each call: what sbert_kernels.patch() puts into stock's packages is in this one already.
+    # Looked up at each call, because sbert_kernels.patch() changes stock's packages.
     found = _stock_s_own()
     if name not in found:
         raise AttributeError(
@@ -81,4 +81,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_stock_s_own()})
 
 
-__all__ += [name for package in (_stock, _sparse) for name in package.__all__ if name not in __all__]
+__all__ += [name for package in (_dense, _sparse) for name in package.__all__ if name not in __all__]

@@ -1,4 +1,4 @@
-"""The terms of a loss by name, and the arithmetic that the wrappers of sentence-transformers do with a loss."""
+"""Holds the terms of a loss by name, with the arithmetic that wrappers of sentence-transformers do with a loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..values import dry
 
-# What a training loop of one's own does with a loss, done to the sum of its terms.
+# What a training loop of one's own calls or reads of a loss. It is passed on to the sum of the terms.
 OF_THE_SUM = frozenset(
     ("backward", "item", "detach", "tolist", "numpy", "cpu", "mean", "sum", "isnan", "isinf", "isfinite", "dim")
 ) | {"numel", "dtype", "device", "shape", "requires_grad", "grad_fn"}
@@ -21,16 +21,17 @@ ADDED = "added_by_wrapper"
 
 
 class Components(dict[str, Tensor]):
-    """0-d tensors by name whose sum is the loss, as the Trainer takes and logs them.
+    """Holds the terms of a loss, 0-d tensors by name. The loss is their sum. The Trainer takes and logs them so.
 
-    Where a script of one's own treats a loss as a tensor (``loss.backward()``, ``loss.item()``, ``float(loss)``, ...),
-    that is done to their sum. A gradient scaler takes tensors only: ``scaler.scale(loss.total())``.
+    A script of one's own may treat it as a tensor (``loss.backward()``, ``loss.item()``, ``float(loss)``, ...), which
+    then means the sum. A gradient scaler takes tensors only: ``scaler.scale(loss.total())``.
 
-    Times or divided by a number, plus others: what MatryoshkaLoss and AdaptiveLayerLoss do with a loss is done to its
-    terms, so that their sum is always the same as if it had been done to the sum. Any other arithmetic is a TypeError.
+    It can be multiplied or divided by a number and added to a number or to other terms, as MatryoshkaLoss and
+    AdaptiveLayerLoss do with a loss: the sum of the result is what the same arithmetic makes of the sum. Any other
+    arithmetic raises TypeError.
     """
 
-    __array_ufunc__ = None  # a numpy number leaves the arithmetic to this class
+    __array_ufunc__ = None  # numpy then leaves the arithmetic of its numbers with this class to this class
 
     def total(self) -> Tensor:
         """Returns the sum of the terms, which is the loss, as a 0-d tensor."""
@@ -52,7 +53,7 @@ class Components(dict[str, Tensor]):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function not in (torch.isnan, torch.isinf, torch.isfinite):
-            # Of an operator, torch leaves it to this class then.
+            # For an operator (tensor * components), torch then calls the method of this class instead.
             raise TypeError(f"{function.__name__} does not take the Components of a loss: give loss.total().")
         return function(args[0].total(), *args[1:], **(kwargs or {}))
 
@@ -70,41 +71,43 @@ class Components(dict[str, Tensor]):
         if _scalar(other):
             if isinstance(other, Real) and other == 0:
                 return Components(self)
-            # So that it is on the device of the others, a number too.
+            # A number becomes a tensor on the device of the other terms.
             other = {ADDED: other + torch.zeros_like(next(iter(self.values())))}
         if not isinstance(other, Mapping):
             return NotImplemented
-        return Components(
-            {
-                name: self[name] + other[name] if name in self and name in other else (self | other)[name]
-                for name in [*self, *(name for name in other if name not in self)]
-            }
-        )
+        added = dict(self)
+        for name, value in other.items():
+            added[name] = added[name] + value if name in added else value
+        return Components(added)
 
     __radd__ = __add__
 
     def detached(self, total: Tensor) -> Components:
-        """These terms without their graph; the first carries whatever gradient ``total``, their sum, still does."""
+        """Returns these terms without their graph, but for the gradients that ``total``, their sum, still carries.
+
+        The first term carries those.
+        """
         first, *_ = self
         values = {name: value.detach() for name, value in self.items()}
         return Components(values | {first: values[first] + (total - total.detach())})
 
     def driven_by(self, total: Tensor) -> Components:
-        """These terms, whose gradients go to ``total``, the loss that a gradient cache has returned.
+        """Returns these terms with ``total``, the loss () that a gradient cache has returned, as their graph.
 
-        The cache holds gradients of the sum, which serve any factor common to all terms. Others raise in the backward
-        pass.
+        The cache holds the gradients of the sum, so all terms may be multiplied by one common factor. Different factors
+        raise RuntimeError in the backward pass.
         """
         values = torch.stack([value.detach() for value in self.values()])
         return Components(zip(self, _CommonFactor.apply(total, values).unbind(), strict=True))
 
 
 def _scalar(value: Any) -> bool:
+    """Returns True for a number or a 0-d tensor."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 class _CommonFactor(torch.autograd.Function):
-    """Values [K], whose one common gradient is that of ``total`` ()."""
+    """Returns ``values`` [K] as they are; hands their gradient, which must be the same for all, on to ``total`` ()."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, values: Tensor) -> Tensor:

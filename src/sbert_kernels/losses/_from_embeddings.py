@@ -1,4 +1,4 @@
-"""A loss computed from embeddings that exist already, whether or not it has a method for that."""
+"""Computes a loss from embeddings that exist already, whether or not the loss has a method for that."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import inspect
 from collections import OrderedDict
 from typing import Any
 
-from sentence_transformers.base.losses.merged_forward import column_merging_disabled
-from sentence_transformers.base.model import BaseModel
 from torch import Tensor, nn
+
+from .. import _stock
 
 
 def parameters_of(loss: nn.Module) -> list[str] | None:
-    """The names that its ``compute_loss_from_embeddings`` must be given, and "labels" if it may; None without one."""
+    """Returns the names of the arguments that a loss's ``compute_loss_from_embeddings`` needs.
+
+    "labels" is among them if it has that argument at all. Returns None for a loss without such a method.
+    """
     method = getattr(loss, "compute_loss_from_embeddings", None)
     if method is None:
         return None
@@ -25,46 +28,58 @@ def parameters_of(loss: nn.Module) -> list[str] | None:
 
 
 def takes_labels(loss: nn.Module) -> bool:
-    """Whether a loss has ``compute_loss_from_embeddings(embeddings, labels)``."""
+    """Returns True if a loss has ``compute_loss_from_embeddings(embeddings, labels)``."""
     parameters = parameters_of(loss)
     return parameters is not None and len(parameters) == 2 and parameters[1] == "labels"
 
 
 def encoders_of(loss: nn.Module, model: nn.Module) -> list[str]:
-    """The attributes of a loss that hold the model, or any other of sentence-transformers that encodes texts."""
-    return [name for name, child in loss._modules.items() if child is model or isinstance(child, BaseModel)]
+    """Returns the names of a loss's attributes that hold the model, or any other model of sentence-transformers."""
+    return [name for name, child in loss._modules.items() if child is model or isinstance(child, _stock.BaseModel)]
 
 
 def loss_from_embeddings(loss: nn.Module, model: nn.Module, embeddings: list[Tensor], labels: Any) -> Any:
-    """What a loss gives for one column of embeddings [B, D] for each input, and the labels.
+    """Returns what a loss gives for embeddings and labels.
 
-    A loss without ``compute_loss_from_embeddings(embeddings, labels)`` runs its ``forward``, in which its model hands
-    out these embeddings.
+    A loss without ``compute_loss_from_embeddings(embeddings, labels)`` runs its ``forward``, in which a stand-in for
+    its model hands out these embeddings.
 
     Args:
+        loss: The loss.
         model: The model that the loss would have encoded the columns with.
+        embeddings: [B, D] for each column of the batch.
+        labels: The labels, as the loss takes them.
 
     Raises:
         ValueError: ``forward`` reads more of the columns than their embeddings.
     """
     if takes_labels(loss):
-        return loss.compute_loss_from_embeddings(list(embeddings), labels)
+        from_embeddings: Any = loss.compute_loss_from_embeddings
+        return from_embeddings(list(embeddings), labels)
     name = type(loss).__name__
     (encoder,) = encoders_of(loss, model)
     kept = loss._modules[encoder]
+    assert kept is not None  # encoders_of has looked at it
     loss._modules[encoder] = _standing_in(kept, name)
     try:
-        # Columns that are merged are put together from their features.
-        with column_merging_disabled():
+        # To merge columns, stock would read their features, and here are embeddings only.
+        with _stock.column_merging_disabled():
             return loss([_Column(embedding, name) for embedding in embeddings], labels)
     finally:
         loss._modules[encoder] = kept
 
 
 def cut_like(labels: Any, embeddings: Tensor, model: nn.Module) -> Any:
-    """Labels that are whole embeddings, as wide as embeddings that MatryoshkaLoss has cut; any others as they are.
+    """Returns labels that are embeddings, cut to the width of the given embeddings; any other labels as they are.
 
-    It cuts the labels itself from sentence-transformers 6.2 on, but not those that a gradient cache has kept.
+    MatryoshkaLoss cuts the embeddings. It does not cut labels in a gradient cache, nor labels [B, columns, D] before
+    sentence-transformers 6.2.
+
+    Args:
+        labels: Labels of any kind. Those of shape [B, D] or [B, columns, D], D the width of the model's embeddings,
+            count as embeddings.
+        embeddings: [B, d], d <= D.
+        model: The model.
     """
     width = embeddings.shape[-1]
     whole = getattr(model, "get_embedding_dimension", lambda: None)()
@@ -74,7 +89,7 @@ def cut_like(labels: Any, embeddings: Tensor, model: nn.Module) -> Any:
 
 
 class _Column(dict[str, Tensor]):
-    """The features of a column, of which there is the embedding [B, D] alone."""
+    """Stands for the features of a column of which only the embeddings [B, D] are known."""
 
     def __init__(self, embedding: Tensor, loss: str) -> None:
         super().__init__(sentence_embedding=embedding)
@@ -88,7 +103,7 @@ class _Column(dict[str, Tensor]):
 
 
 def _standing_in(model: nn.Module, loss: str) -> nn.Module:
-    """A module that hands out the embeddings of columns that have them, and in everything else is the model."""
+    """Returns a copy of a model whose forward pass hands out the embeddings that a :class:`_Column` holds."""
 
     def forward(features: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if not isinstance(features, _Column):
@@ -96,7 +111,7 @@ def _standing_in(model: nn.Module, loss: str) -> nn.Module:
         return dict(features)
 
     module = model.__new__(type(model))
-    # Its hooks and its compiled form belong to the encoder, which does not run.
+    # The model's hooks and its compiled form are not for this forward pass.
     own = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
     vars(module).update(vars(model) | own | {"_compiled_call_impl": None})
     return module

@@ -1,9 +1,9 @@
-"""Values that a loss learns itself (a scale, a temperature, a weight), and the mean of their gradients over ranks.
+"""Finds the values that losses learn themselves (scales, weights), and averages their gradients over ranks.
 
-sentence-transformers wraps the model alone for distributed training, never the loss, so nothing else averages the
-gradients of what a loss learns. It is done once a step, right before the optimizer's step, in no backward pass: the
-ranks may have batches of different data sets, and so of different losses, in one step. Every rank takes part for every
-value, with zeros for a loss that it did not run, as data-parallel training counts the parameters of the model.
+sentence-transformers wraps only the model for distributed training, never the loss, so nothing else averages the
+gradients of what a loss learns. It is done once a step, right before the optimizer's step, and not in a backward pass:
+in one step the ranks may have batches of different data sets, and so run different losses. Every rank takes part for
+every value, and a loss that it did not run counts as a gradient of zero, as it does for the parameters of the model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ..ops._gather import several_ranks
 
 
 class LearnsValues(nn.Module):
-    """A loss that may hold values of its own that are learned; a base before that of stock."""
+    """Is a base of every loss that may hold values that are learned. It stands before stock's class among the bases."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LearnsValues:
-        # Here and not in __init__, which neither a copy nor a pickle calls.
+        # Not in __init__, which a copy or a pickle does not call.
         loss = super().__new__(cls)
         _losses.add(loss)
         return loss
@@ -38,22 +38,23 @@ class LearnsValues(nn.Module):
         return {name: value for name, value in held.items() if _is_learned(value)}
 
 
-# Every loss of ours that is alive in this process: a rank may never run a loss whose values it has to average.
+# Every loss of ours in this process, because a rank also averages values of losses that it never runs.
 _losses: weakref.WeakSet[LearnsValues] = weakref.WeakSet()
-# What losses have computed with, by id: a loss that is made anew in each step is gone when the optimizer steps.
+# The values that losses have computed with, by id: a loss made anew at each step is gone when the optimizer steps.
 _used: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def note_use(value: Tensor) -> None:
-    """Notes that a loss computes with this value, which its optimizer has to average over ranks if it is learned."""
+    """Notes that a loss computes with this value. If it is learned, its gradients are averaged over the ranks."""
     if _is_learned(value) and not torch.compiler.is_compiling():
         _used[id(value)] = value
 
 
 def learned_values(loss: nn.Module) -> dict[str, Tensor]:
-    """Returns what a loss and the losses inside it learn, by paths as ``scale``, ``cosine.scale``, ``weights.cosine``.
+    """Returns the values that a loss and the losses inside it learn, by their paths, each value once.
 
-    The containers are left out of a path (``losses.cosine.scale`` is ``cosine.scale``) where it still is the only one.
+    A path is ``scale``, ``cosine.scale``, ``weights.cosine``, ...: the names of containers are left out
+    (``losses.cosine.scale`` becomes ``cosine.scale``) unless two paths would then be the same.
     """
     found: dict[str, Tensor] = {}
     for path, module in loss.named_modules():
@@ -68,14 +69,15 @@ def learned_values(loss: nn.Module) -> dict[str, Tensor]:
 
 
 def average_over_ranks(values: Sequence[Tensor], ours: Sequence[bool]) -> None:
-    """Replaces the gradients of values of one element by their means over all ranks, where any rank says it is ours.
+    """Replaces the gradients of values by their means over all ranks.
 
-    A rank without a gradient counts as 0. A value that no rank has a gradient of keeps none, so that an optimizer
-    leaves it alone.
+    A rank without a gradient counts as 0. A value without a gradient on any rank keeps none, so that an optimizer does
+    not touch it.
 
     Args:
-        values: The same number of them on every rank, in the same order.
-        ours: Whether a loss of ours that this rank knows of learns the value.
+        values: Tensors of one element, the same number of them on every rank, in the same order.
+        ours: True for a value that a loss of this package learns, as far as this rank knows. The gradients of a value
+            that is not ours on any rank stay as they are.
     """
     device = values[0].device
     if device.type == "cpu" and dist.get_backend() == "nccl":
@@ -83,12 +85,12 @@ def average_over_ranks(values: Sequence[Tensor], ours: Sequence[bool]) -> None:
     missing = torch.zeros((), dtype=torch.float64, device=device)
     own = torch.stack([missing if v.grad is None else v.grad.detach().reshape(()).to(missing) for v in values])
     flags = torch.tensor([[v.grad is not None for v in values], list(ours)], dtype=torch.float64)
-    # A blocking copy of the flags would wait for the GPU.
+    # The copy must not wait for the GPU.
     packed = torch.cat([own[None], flags.to(device, non_blocking=True)])  # (3, values)
     dist.all_reduce(packed)
     means = torch.where(packed[2] > 0, packed[0] / dist.get_world_size(), own)
     wanted = [True] * len(values)
-    if any(v.grad is None for v in values):  # on a GPU, reading waits
+    if any(v.grad is None for v in values):  # only then, as reading waits for a GPU
         wanted = (packed[1:] > 0).all(dim=0).tolist()
     for value, mean, exists in zip(values, means, wanted, strict=True):
         if value.grad is not None:
@@ -98,28 +100,29 @@ def average_over_ranks(values: Sequence[Tensor], ours: Sequence[bool]) -> None:
 
 
 def _is_learned(value: Any) -> bool:
+    """Returns True for a tensor of one element that an optimizer could step."""
     return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and value.numel() == 1
 
 
 def _is_sharded(value: Tensor) -> bool:
-    """Whether FSDP holds this value: its gradient is a mean over the ranks already."""
+    """Returns True if FSDP holds this value, whose gradient is then a mean over the ranks already."""
     return getattr(value, "_fsdp_flattened", False) or hasattr(value, "device_mesh")
 
 
-# Optimizers that another one steps, for a share of its values that may be this rank's alone: that one averages.
+# Optimizers that another optimizer steps. That one averages: an inner one may hold values of this rank alone.
 _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Averages what the losses of ours learn, where this optimizer is about to change it."""
+    """Averages the gradients of what our losses learn, before an optimizer steps it; a hook of torch.optim."""
     if not several_ranks() or settings.get("disable") or optimizer in _inner:
         return None
     _inner.update(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
     known = {id(value) for loss in list(_losses) for value in loss.learned_values().values()} | set(_used)
     if not known:
         return None
-    # In the optimizer's order, which is the same on every rank.
+    # The optimizer's order is the same on every rank.
     held = [value for group in optimizer.param_groups for value in group["params"]]
     held = [value for value in held if _is_learned(value) and not _is_sharded(value)]
     ours = [id(value) in known for value in held]

@@ -1,4 +1,4 @@
-"""The prefixes of the embeddings that one step of a MatryoshkaLoss looks at, as its inner loss is handed them."""
+"""Holds the prefixes of the embeddings that one step of a MatryoshkaLoss looks at, as its inner loss gets them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 
 class Prefixes(NamedTuple):
-    """Widths, and the weight of each, for :func:`sbert_kernels.contrastive_loss`; None for the whole embeddings."""
+    """Holds the widths of prefixes and the weight of each, or None and None for the whole embeddings.
+
+    They are the ``matryoshka_dims`` and ``matryoshka_weights`` of :func:`sbert_kernels.contrastive_loss`.
+    """
 
     dims: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None

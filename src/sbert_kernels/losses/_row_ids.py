@@ -1,4 +1,4 @@
-"""Ids of texts, made from the tokens of a batch, so that duplicates are known without any change to a data pipeline."""
+"""Makes ids of texts from the tokens of a batch, so that a loss sees duplicates without a change to the data."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def row_ids(features: dict[str, Any], column: int = 0) -> Tensor:
-    """A 64-bit hash of each row's token ids, [rows] int64: equal for equal texts, whatever their padding.
+    """Returns a 64-bit hash of each row's token ids, [rows] int64: equal for equal texts, whatever their padding.
 
     Args:
         features: One column as the model's ``preprocess`` gives it: padded (``input_ids`` and ``attention_mask`` [rows,
             length]), flattened (``cu_seq_lens_q``) or an embedding bag (``offsets``).
-        column: Which of the batch it is, for the errors.
+        column: The position of the column in the batch, for the errors.
 
     Raises:
-        ValueError: the column is not made of token ids alone (images, audio), or has none.
+        ValueError: The column has no token ids, or holds something else beside them (images, audio).
     """
     tokens = features.get("input_ids")
     if not isinstance(tokens, Tensor):
@@ -41,7 +41,7 @@ def row_ids(features: dict[str, Any], column: int = 0) -> Tensor:
 
 
 def _ragged(tokens: Tensor, starts: Tensor) -> Tensor:
-    """Hashes of the rows of a flat token stream, given the index that each starts at."""
+    """Returns the hash of each row of a flat sequence of tokens, from the index [rows] at which each row starts."""
     index = torch.arange(len(tokens), device=tokens.device)
     row = torch.searchsorted(starts.to(index.dtype), index, right=True) - 1
     position = index - starts[row] + 1
@@ -49,9 +49,10 @@ def _ragged(tokens: Tensor, starts: Tensor) -> Tensor:
 
 
 def _mix(tokens: Tensor, position: Tensor) -> Tensor:
-    """A well-mixed 64-bit word for each (token, position), after the finaliser of SplitMix64; sums of them hash a row.
+    """Returns a well-mixed 64-bit number for each (token, position); the hash of a row is the sum of its numbers.
 
-    int64 arithmetic wraps around, as the unsigned original does; its right shift keeps the sign, hence the masks.
+    It is the last step of the SplitMix64 generator (Steele, Lea and Flood 2014). Products of int64 wrap around as those
+    of the unsigned original do. A right shift of int64 copies the sign, so a mask clears those bits.
     """
     x = tokens.to(torch.int64) * 0x5851F42D4C957F2D + position.to(torch.int64) * -0x61C8864680B583EB
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

@@ -1,4 +1,4 @@
-"""A scale or temperature of a loss: how it is read, and how it is written into a configuration."""
+"""Reads the scale or temperature of a loss, and writes it into the loss's configuration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ._learned import note_use
 
 
 def learnable(scale: Any) -> bool:
+    """Returns True if a scale, or any other option of a loss, is a tensor that requires a gradient."""
     return isinstance(scale, Tensor) and scale.requires_grad
 
 
@@ -20,7 +21,7 @@ def check_scale(scale: Any) -> Any:
     """Returns a scale, after a check that it is one number, or a tensor of one.
 
     Raises:
-        TypeError, ValueError: it is something else.
+        TypeError, ValueError: It is something else.
     """
     if not isinstance(scale, Tensor):
         number("scale", scale)
@@ -30,7 +31,7 @@ def check_scale(scale: Any) -> Any:
 
 
 def as_scale(scale: Any) -> Any:
-    """Returns a scale as the operation takes it: a tensor of one element as a 0-d float tensor."""
+    """Returns a scale as the operation takes it: a tensor of one element becomes a 0-d float tensor."""
     if not isinstance(scale, Tensor) or scale.numel() != 1:
         return scale
     note_use(scale)
@@ -39,9 +40,9 @@ def as_scale(scale: Any) -> Any:
 
 
 def plain_scale(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose scale or temperature, if it is a tensor, is written as the number that it is now.
+    """Returns a configuration whose scale or temperature, if it is a tensor, is the number that it holds now.
 
-    None where the tensor holds no data.
+    It is None where the tensor holds no data.
     """
 
     def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a WeightedLoss checks of its names, its losses and their weights: whether they can share one encoding."""
+"""Checks the names, losses and weights of a WeightedLoss: the losses must be able to share one encoding."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 from numbers import Real
 from typing import Any
 
-from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 
+from .._stock import uses_gradient_cache
 from ..logs import described
 from ..values import dry
 from ._components import ADDED
 from ._from_embeddings import encoders_of, parameters_of, takes_labels
 from ._scale import learnable
 
-# What the Trainer itself logs or counts beside the terms of a loss.
+# Names that the Trainer itself logs or counts beside the terms of a loss.
 TAKEN = frozenset({"loss", "steps", "epoch", "grad_norm", "learning_rate", ADDED})
 
 
 def check_name(name: Any) -> None:
-    """Raise ValueError unless a loss can be called that, in the logs and in a ModuleDict."""
+    """Raises ValueError unless a loss can have this name, in the logs and in a ModuleDict."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"losses must be named by strings that are not empty and hold no '.', got {name!r}.")
     if name in TAKEN or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
@@ -29,7 +29,7 @@ def check_name(name: Any) -> None:
 
 
 def check_weight(name: str, weight: Any) -> None:
-    """Raise TypeError or ValueError unless a weight is a finite number, or a tensor of one that can be learned."""
+    """Raises TypeError or ValueError unless a weight is a finite number, or a tensor of one that can be learned."""
     if isinstance(weight, Tensor) and weight.numel() == 1:
         if learnable(weight) and not isinstance(weight, nn.Parameter):
             raise ValueError(
@@ -48,9 +48,9 @@ def check_weight(name: str, weight: Any) -> None:
 
 
 def check_loss(name: str, loss: Any, model: nn.Module, owner: str) -> None:
-    """Raise TypeError or ValueError unless a loss needs the embeddings of ``model`` and the labels, and nothing else.
+    """Raises TypeError or ValueError unless a loss needs the embeddings of ``model`` and the labels, and nothing else.
 
-    That it reads the tokens as well can show only when it is computed.
+    A loss that reads the tokens too is found out only when it is computed.
     """
     if not isinstance(loss, nn.Module):
         raise TypeError(
@@ -82,7 +82,7 @@ def check_loss(name: str, loss: Any, model: nn.Module, owner: str) -> None:
             f"{what}, which has neither compute_loss_from_embeddings(embeddings, labels) nor the model as an "
             "attribute, so that nothing tells what it is for given embeddings."
         )
-    # With two, the second is what its forward makes of the labels (EmbedDistillLoss: the teacher's embeddings).
+    # The second of two arguments is what its forward makes of the labels (EmbedDistillLoss: the teacher's embeddings).
     if parameters is not None and not (len(parameters) == 2 and encoders):
         raise ValueError(
             f"{what}, whose compute_loss_from_embeddings takes ({', '.join(parameters)}); wanted are (embeddings, "
@@ -91,14 +91,18 @@ def check_loss(name: str, loss: Any, model: nn.Module, owner: str) -> None:
 
 
 def _wraps(loss: nn.Module, model: nn.Module) -> bool:
-    """Whether a loss was given another one, of the same model; not that it has made one for itself, as caches do."""
-    inner = [key for key, child in loss._modules.items() if child is not model and model in child._modules.values()]
-    return any(not uses_gradient_cache(loss) or key in inspect.signature(loss.__init__).parameters for key in inner)
+    """Returns True if a loss was given another loss of the same model.
+
+    A loss with a gradient cache that has made its inner loss itself does not count.
+    """
+    children = [(key, child) for key, child in loss._modules.items() if child is not None and child is not model]
+    inner = [key for key, child in children if model in child._modules.values()]
+    return any(not uses_gradient_cache(loss) or key in inspect.signature(type(loss)).parameters for key in inner)
 
 
 def _without_cache(loss: nn.Module) -> str:
-    """How the user gets the same loss without a gradient cache."""
-    options = inspect.signature(loss.__init__).parameters
+    """Returns what the user has to do to get the same loss without a gradient cache."""
+    options = inspect.signature(type(loss)).parameters
     if "use_mini_batched_version" in options:
         return "give it use_mini_batched_version=False"
     if "mini_batch_size" in options and options["mini_batch_size"].default is None:

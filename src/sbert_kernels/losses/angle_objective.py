@@ -1,24 +1,24 @@
-"""AnglEObjective: cosine, in-batch and angle terms together, as AnglE trains."""
+"""AnglEObjective: cosine, in-batch and angle terms together, as AnglE trains them."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
 from torch import Tensor
 
 from .. import settings
+from .._stock import multiple_negatives_ranking as stock_module
 from ..logs import log_once
 from ..ops.pairwise import pairwise_similarity
 from ..values import readable
-from ._serving import pairwise_similarity_of, unsupported_embeddings
+from ._fused_or_stock import pairwise_similarity_of, why_not_embeddings
 from .cosent import AnglELoss, CoSENTLoss, checked_labels, tuple_labels
 from .multiple_negatives_ranking import MultipleNegativesRankingLoss
 from .weighted import WeightedLoss
@@ -27,35 +27,68 @@ logger = logging.getLogger(__name__)
 
 
 class AnglEObjective(WeightedLoss):
-    """The objective of AnglE (Li and Li 2023, arXiv 2309.12871): cosine, in-batch and angle terms, weighted.
+    """Trains with the whole objective of AnglE: a cosine, an in-batch and an angle term, weighted.
 
-    "cosine" and "angle" rank pairs by their scores, as :class:`CoSENTLoss` and :class:`AnglELoss` do, from one read of
-    the embeddings; "in_batch" is :class:`MultipleNegativesRankingLoss`. By the columns of the data:
+    "cosine" and "angle" put pairs into the order of their labels, as :class:`CoSENTLoss` and :class:`AnglELoss` do,
+    from one read of the embeddings; "in_batch" is :class:`MultipleNegativesRankingLoss`. Use it for semantic textual
+    similarity, with scored pairs or with hard negatives: the batch is encoded once for all three. sentence-transformers
+    has no such loss; it takes three losses there, and encodes three times.
 
-    * (a, b) with scores: all three terms. The rows whose score is at least ``positive_threshold`` are the anchors of
-      the in-batch term, which is 0 if there is none; the texts of the other rows are candidates only.
-    * (anchor, positive): the in-batch term only, which is logged once; there is no order to learn, and the other two
-      are 0.
-    * (anchor, positive, negatives...): all three terms. A pair with the positive has the label 1 (or the row's score,
-      if there is one), a pair with a negative 1 minus that; the negatives are candidates of the in-batch term.
+    Inputs:
+        +-------------------------------------------------+---------------------------+----------------------+
+        | Texts                                           | Labels                    | Terms                |
+        +=================================================+===========================+======================+
+        | (text_A, text_B) pairs                          | a score for each pair     | all                  |
+        +-------------------------------------------------+---------------------------+----------------------+
+        | (anchor, positive) pairs                        | none                      | in_batch only        |
+        +-------------------------------------------------+---------------------------+----------------------+
+        | (anchor, positive, negative_1, ..., negative_n) | none, or a score for each | all                  |
+        |                                                 | anchor and its positive   |                      |
+        +-------------------------------------------------+---------------------------+----------------------+
 
-    What differs from AnglE's own code: the in-batch term is the mean over the rows that are anchors, not over all; a
-    threshold says which, not the integer part of the score; the weights count in every format, and nothing is halved.
-    Texts that are equal are positives, there and here. Its in-batch term takes each text of both columns as a row, and
-    ranks all others for it; here the rows are those of the first column, and ``directions=("query_to_doc",
-    "query_to_query")`` gives them these candidates.
+        With scored pairs, a row whose score is at least ``positive_threshold`` is an anchor of the in-batch term. The
+        texts of the other rows are candidates only. Without any anchor the term is 0.
+
+        With (anchor, positive) pairs there is no order to learn. The other two terms are 0, and one logged line says
+        so.
+
+        With negatives, a pair with the positive has the label 1 (or the score), and a pair with a negative 1 minus
+        that. The negatives are candidates of the in-batch term.
 
     Args:
         model: The model.
-        cosine_weight, ibn_weight, angle_weight: A finite number, or a learnable ``nn.Parameter``. The number 0 skips
-            the term.
-        cosine_scale, ibn_scale, angle_scale: Inverse temperatures; each may be a 0-d ``nn.Parameter``, too. AnglE's
-            code uses 20 for all three.
-        positive_threshold: See above; None makes every row an anchor, as MultipleNegativesRankingLoss does.
-        directions, duplicates: Of the in-batch term, see :class:`MultipleNegativesRankingLoss`.
-        gather_across_devices: All terms compare the rows of all ranks. The mean over anchors is each rank's own.
+        cosine_weight, ibn_weight, angle_weight: The weights of the terms: finite numbers, or ``nn.Parameter`` to learn
+            them. A term of weight 0 is not computed.
+        cosine_scale, ibn_scale, angle_scale: What multiplies the similarities in each term, 1 / temperature; each may
+            be a 0-d ``nn.Parameter`` too. AnglE's code uses 20 for all three.
+        positive_threshold: See above. None makes every row an anchor, as in MultipleNegativesRankingLoss.
+        directions, duplicates: Options of the in-batch term; see :class:`MultipleNegativesRankingLoss`.
+        gather_across_devices: True compares the rows of all ranks in all terms. The mean over the anchors is still that
+            of each rank.
         mini_batch_size, mini_batch_num_tokens, show_progress_bar, packing, unique_rows, activation_budget: See
             :class:`WeightedLoss`.
+
+    Raises:
+        ValueError, TypeError: An option is not as above, or the weights are all 0.
+
+    Recommendations:
+        - Scores on another scale than 0 to 1 need another ``positive_threshold``; a first batch with larger scores is
+          logged.
+        - AnglE's own in-batch term takes the texts of both columns as rows, with all others as candidates. The nearest
+          here is ``directions=("query_to_doc", "query_to_query")``, whose rows are the texts of the first column.
+
+    What differs from AnglE's own code: the in-batch term is the mean over the anchors, not over all rows; a threshold
+    decides which rows those are, not the integer part of the score; the weights count for every format of the data, and
+    nothing is halved. In both, texts that are equal are positives.
+
+    Example:
+        ::
+
+            loss = losses.AnglEObjective(model, cosine_weight=1.0, ibn_weight=1.0, angle_weight=1.0)
+            SentenceTransformerTrainer(model=model, train_dataset=scored_pairs, loss=loss).train()
+
+    Source:
+        Li and Li 2023, AnglE-optimized Text Embeddings, arXiv 2309.12871.
     """
 
     _checked_threshold: bool = False
@@ -113,10 +146,19 @@ class AnglEObjective(WeightedLoss):
             raise ValueError(f"positive_threshold must be a finite number or None, got {positive_threshold!r}.")
         self.positive_threshold = positive_threshold
 
-    def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> AbstractContextManager[None]:
-        return super().ids_of(sentence_features) if self._active("in_batch") else nullcontext()
+    @contextmanager
+    def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+        """Keeps the ids of a batch's texts for a block that computes its loss, if the in-batch term is computed."""
+        with super().ids_of(sentence_features) if self._active("in_batch") else nullcontext():
+            yield
 
     def components(self, embeddings: list[Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        """Returns the terms by name, not weighted yet, without those that this batch has no data for.
+
+        Args:
+            embeddings: [B, D] for each column of texts.
+            labels: [B] or [B, 1], or None.
+        """
         if len(embeddings) < 2:
             raise ValueError(f"{type(self).__name__} compares at least 2 columns of texts, got {len(embeddings)}.")
         anchors, *columns = embeddings
@@ -137,7 +179,8 @@ class AnglEObjective(WeightedLoss):
             is_anchor = None
             if labels is not None and self.positive_threshold is not None:
                 is_anchor = (labels >= self.positive_threshold).to(torch.float32)
-            values["in_batch"] = self.losses["in_batch"].compute_loss(embeddings, labels, stock, weights=is_anchor)
+            in_batch: Any = self.losses["in_batch"]
+            values["in_batch"] = in_batch.compute_loss(embeddings, labels, stock_module, weights=is_anchor)
         if not values:
             raise ValueError(
                 f"{type(self).__name__} with ibn_weight=0 has nothing to compute for (anchor, positive) pairs without "
@@ -146,35 +189,44 @@ class AnglEObjective(WeightedLoss):
         return values
 
     def component_names(self) -> list[str]:
+        """Returns the names of the terms whose weight is not the number 0."""
         return [name for name in self.losses if self._active(name)]
 
     def _ranked(
         self, names: list[str], anchors: Tensor, columns: list[Tensor], labels: Tensor | None
     ) -> dict[str, Tensor]:
-        """The named terms, which order the pairs of each anchor with its row of each column by their labels."""
-        losses = {name: self.losses[name] for name in names}
+        """Returns the terms "cosine" and "angle", as far as they are named.
+
+        Args:
+            names: The names.
+            anchors: [B, D].
+            columns: [B, D] each: the positives, then the negatives.
+            labels: [B] of the pairs with the positives; None counts as 1.
+        """
+        losses: dict[str, Any] = {name: self.losses[name] for name in names}
         if labels is None:
             labels = torch.ones(len(anchors), device=anchors.device)
         if len(columns) > 1:
             labels = tuple_labels(labels, len(columns))
-        similarities = [pairwise_similarity_of(loss.similarity_fct) for loss in losses.values()]
-        together = None not in similarities and len(set(similarities)) == len(similarities)
-        if not together or settings.get("disable") or unsupported_embeddings([anchors, *columns]):
+        found = [pairwise_similarity_of(loss.similarity_fct) for loss in losses.values()]
+        similarities = [similarity for similarity in found if similarity is not None]
+        together = len(set(similarities)) == len(losses)
+        if not together or settings.get("disable") or why_not_embeddings([anchors, *columns]):
             pairs = [torch.cat([anchors] * len(columns)), torch.cat(columns)]
             return {name: loss.compute_loss_from_embeddings(pairs, labels) for name, loss in losses.items()}
         scores = pairwise_similarity(anchors, columns, similarities)
         return {name: loss.rank_scores(own, labels) for (name, loss), own in zip(losses.items(), scores, strict=True)}
 
     def _check_threshold(self, labels: Tensor) -> None:
-        """Say so once if the scores cannot be on the scale of the threshold, which is meant for scores of 0 to 1."""
+        """Logs once if scores are above 1, which is not the scale that the threshold is meant for."""
         threshold = self.positive_threshold
         if self._checked_threshold or threshold is None or threshold > 1 or not self._active("in_batch"):
             return
-        # Not of tensors that have no values, as a compiler and a dry run hand them in.
+        # A compiler and a dry run hand in tensors that hold no values.
         if not readable(labels) or not labels.numel():
             return
         highest, anchors = float(labels.max()), int((labels >= threshold).sum())
-        # On a device reading them waits for it, so only those of the first batch are.
+        # Reading them waits for a GPU, so there only the first batch is looked at.
         self._checked_threshold = highest > 1 or labels.device.type != "cpu"
         if highest > 1:
             log_once(
@@ -185,8 +237,10 @@ class AnglEObjective(WeightedLoss):
             )
 
     def _active(self, name: str) -> bool:
+        """Returns True unless the weight of the term is the number 0."""
         weight = self.weights[name]
         return isinstance(weight, Tensor) or weight != 0
 
     def get_config_dict(self) -> dict[str, Any]:
+        """Returns the configuration for the model card."""
         return super().get_config_dict() | {"positive_threshold": self.positive_threshold}

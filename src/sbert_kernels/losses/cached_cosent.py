@@ -1,4 +1,4 @@
-"""CoSENTLoss and AnglELoss over a gradient cache: all pairs of a batch compared, in the memory of a mini-batch."""
+"""CachedCoSENTLoss and CachedAnglELoss: CoSENTLoss and AnglELoss over this package's gradient cache."""
 
 from __future__ import annotations
 
@@ -7,32 +7,43 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer, util
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor
 
-from ..gradcache.stage import backward_to_embeddings
-from ._cached import GradientCached, check_splits
+from .._stock import CachedLossMixin
+from ..gradcache.loss_stage import backward_to_embeddings
+from ._gradient_cache import GradientCached, check_splits
 from .cosent import AnglELoss, CoSENTLoss
 
 
-class _Cached(GradientCached, CachedLossMixin):
-    """The gradient cache around a ranking loss; a base before that loss."""
+class _CachedRanking(GradientCached, CachedLossMixin, CoSENTLoss):
+    """Puts the gradient cache under a ranking loss; stands before that loss among the bases."""
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Returns the loss () of a batch; its backward pass encodes the batch once more.
+
+        Args:
+            sentence_features: The features of each column of texts.
+            labels: The labels [B] or [B, 1], or None where the loss needs none.
+        """
         return self.forward_cached(sentence_features, labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of the whole batch from its mini-batches of embeddings.
+        """Returns the loss () of the whole batch from the embeddings of its mini-batches, as stock's Cached losses do.
 
-        With ``with_backward``, every mini-batch has its gradient in ``.grad`` afterwards, and the loss returned is
-        detached from all of them. It still carries the gradient of a learnable scale.
+        Args:
+            reps: For each column, the embeddings [n, D] of each mini-batch.
+            labels: The labels of the batch.
+            with_backward: True leaves its gradient in ``.grad`` of every mini-batch, and detaches the loss from them.
+                The loss still carries the gradient of a learnable scale.
         """
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        from_embeddings: Callable[[list[Tensor], Any], Tensor] = self.compute_loss_from_embeddings
+        loss = from_embeddings([torch.cat(column) for column in reps], labels)
         return backward_to_embeddings(loss, [part for column in reps for part in column]) if with_backward else loss
 
     def get_config_dict(self) -> dict[str, Any]:
+        """Returns the configuration for the model card: that of the plain loss, and the options of the cache."""
         mini_batch = {
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
@@ -40,25 +51,40 @@ class _Cached(GradientCached, CachedLossMixin):
         return super().get_config_dict() | mini_batch | self.cache_options().changed()
 
 
-class CachedCoSENTLoss(_Cached, CoSENTLoss):
-    """:class:`CoSENTLoss` over a gradient cache (Gao et al. 2021, arXiv 2101.06983): a batch is embedded in
-    mini-batches, twice, so that the number of pairs that are compared costs no memory of the encoder.
+class CachedCoSENTLoss(_CachedRanking):
+    """Is :class:`CoSENTLoss` over batches of any size, in the encoder memory of a mini-batch.
 
-    Values and gradients are those of CoSENTLoss over the whole batch; its comparisons grow as the square of the pairs.
+    The encoder runs over the batch twice, mini-batch by mini-batch (GradCache), so every pair of a large batch is
+    compared with every other. Use it when the encoder's activations limit the batch. Values and gradients are those of
+    CoSENTLoss over the whole batch. sentence-transformers has no such loss.
+
+    Inputs:
+        +------------------------+---------------------------------------------+
+        | Texts                  | Labels                                      |
+        +========================+=============================================+
+        | (text_A, text_B) pairs | a number for each pair, larger for more     |
+        |                        | similar texts                               |
+        +------------------------+---------------------------------------------+
 
     Args:
         model, scale, similarity_fct, gather_across_devices: See :class:`CoSENTLoss`.
-        mini_batch_size: Encode in the memory that so many rows of the longest text take.
-        mini_batch_num_tokens: Encode so many tokens at once, instead.
-        show_progress_bar: Whether to show a progress bar over both passes.
-        packing: "length" puts rows of like length into a mini-batch; "none" takes them as they come, as stock does.
-        unique_rows: Whether rows that are equal are encoded once.
-        activation_budget: Bytes of activations that may be kept for the second pass, or "auto".
-
-    The options of the cache are those of :class:`~sbert_kernels.gradcache.options.Options`, in more words there.
+        mini_batch_size, mini_batch_num_tokens, show_progress_bar, packing, unique_rows, activation_budget: See
+            :class:`CachedMultipleNegativesRankingLoss`, and :class:`~sbert_kernels.gradcache.options.Options` for
+            more words.
 
     Raises:
-        ValueError: an option that cannot be, or a model with a StaticEmbedding, which has no activations to save.
+        ValueError, TypeError: An option is not one of those there, or the model has a StaticEmbedding, which has no
+            activations to save.
+
+    Example:
+        ::
+
+            loss = losses.CachedCoSENTLoss(model, mini_batch_size=64)
+            arguments = SentenceTransformerTrainingArguments("output", per_device_train_batch_size=2048)
+            SentenceTransformerTrainer(model=model, args=arguments, train_dataset=scored_pairs, loss=loss).train()
+
+    Source:
+        Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
     """
 
     def __init__(
@@ -83,12 +109,32 @@ class CachedCoSENTLoss(_Cached, CoSENTLoss):
         self._set_cache_options(packing, unique_rows, activation_budget)
 
 
-class CachedAnglELoss(_Cached, AnglELoss):
-    """:class:`AnglELoss` over a gradient cache, for pairs, triplets and n-tuples.
+class CachedAnglELoss(_CachedRanking, AnglELoss):
+    """Is :class:`AnglELoss` over batches of any size, in the encoder memory of a mini-batch.
+
+    The encoder runs over the batch twice, mini-batch by mini-batch (GradCache). Use it when the encoder's activations
+    limit the batch. Values and gradients are those of AnglELoss over the whole batch. sentence-transformers has no such
+    loss.
+
+    Inputs:
+        +-------------------------------------------------+-------------------------------------------+
+        | Texts                                           | Labels                                    |
+        +=================================================+===========================================+
+        | (text_A, text_B) pairs                          | a number for each pair, larger for more   |
+        |                                                 | similar texts                             |
+        +-------------------------------------------------+-------------------------------------------+
+        | (anchor, positive, negative_1, ..., negative_n) | none, or the positive's from 0 to 1       |
+        +-------------------------------------------------+-------------------------------------------+
 
     Args:
-        model, scale, mini_batch_size, mini_batch_num_tokens, show_progress_bar, gather_across_devices, packing,
-            unique_rows, activation_budget: See :class:`CachedCoSENTLoss`.
+        model, scale, gather_across_devices: See :class:`AnglELoss`.
+        mini_batch_size, mini_batch_num_tokens, show_progress_bar, packing, unique_rows, activation_budget: See
+            :class:`CachedCoSENTLoss`.
+
+    Example:
+        ::
+
+            loss = losses.CachedAnglELoss(model, mini_batch_size=64)
     """
 
     def __init__(

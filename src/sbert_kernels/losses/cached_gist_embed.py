@@ -1,4 +1,4 @@
-"""CachedGISTEmbedLoss: the gradient cache of this package, and a fused loss stage."""
+"""CachedGISTEmbedLoss: this package's gradient cache, and a fused loss stage."""
 
 from __future__ import annotations
 
@@ -7,44 +7,61 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import cached_gist_embed as stock
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss as StockLoss
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
+from .._stock import cached_gist_embed as stock_module
+from .._stock import widened
+from ..gradcache.loss_stage import backward_to_embeddings
 from ..gradcache.packing import MiniBatch
-from ..gradcache.stage import backward_to_embeddings
-from ._cached import GradientCached
 from ._drop_in import DropIn
+from ._fused_or_stock import serves
+from ._gradient_cache import GradientCached
 from ._prefixes import WHOLE, Prefixes
 from ._scale import learnable, plain_scale
-from ._serving import serves
 from .gist_embed import changed_computation, check_retokenizable, guided_loss
 
 
-class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
-    """Stock's CachedGISTEmbedLoss with a fused loss stage and our gradient cache.
+class CachedGISTEmbedLoss(GradientCached, DropIn, StockLoss):
+    """Is :class:`GISTEmbedLoss` over batches of any size, in the encoder memory of a mini-batch.
 
-    The loss stage is one call over the whole batch, without chunks, and gathers across devices once.
+    The model runs over the batch twice and the guide once, mini-batch by mini-batch (GradCache). Use it when larger
+    batches would help and the model's activations do not fit. Values and gradients are those of the plain loss over the
+    whole batch. The loss stage is one call for the whole batch, which gathers across devices once.
+
+    Inputs:
+        +-------------------------------------------------+--------+
+        | Texts                                           | Labels |
+        +=================================================+========+
+        | (anchor, positive) pairs                        | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative_1, ..., negative_n) | none   |
+        +-------------------------------------------------+--------+
 
     Args:
-        model: The model, which embeds (anchor, positive) pairs or (anchor, positive, negatives...) tuples.
-        guide: The model whose similarities decide which candidates are no negatives.
-        temperature: Divides the similarities. Positive; an ``nn.Parameter`` is learned.
-        mini_batch_size: Encode in the memory that so many rows of the longest text take.
-        mini_batch_num_tokens: Encode so many tokens at once, instead.
-        show_progress_bar: Whether to show a progress bar over both passes.
-        margin_strategy: Excluded is what the guide finds more similar than s, the similarity of the row's own positive,
-            less a margin: s - margin ("absolute") or s - |s| * margin ("relative").
-        margin: See ``margin_strategy``.
-        contrast_anchors: Whether anchors are candidates of anchors.
-        contrast_positives: Whether positives are candidates of positives.
-        gather_across_devices: Whether the positives and negatives of all ranks are candidates.
-        packing: "length" puts rows of like length into a mini-batch; "none" takes them as they come, as stock does.
-        unique_rows: Whether rows that are equal are encoded once.
-        activation_budget: Bytes of activations that may be kept for the second pass, or "auto".
+        model, guide, temperature, margin_strategy, margin, contrast_anchors, contrast_positives, gather_across_devices:
+            See :class:`GISTEmbedLoss`.
+        mini_batch_size, mini_batch_num_tokens, show_progress_bar, packing, unique_rows, activation_budget: See
+            :class:`CachedMultipleNegativesRankingLoss`, and :class:`~sbert_kernels.gradcache.options.Options` for
+            more words.
 
-    The options of the cache are those of :class:`~sbert_kernels.gradcache.options.Options`, in more words there.
+    Raises:
+        ValueError, TypeError: An option is not one of those there, or the model has a StaticEmbedding, which has no
+            activations to save.
+
+    Example:
+        ::
+
+            loss = losses.CachedGISTEmbedLoss(model, guide, mini_batch_size=64)
+            arguments = SentenceTransformerTrainingArguments("output", per_device_train_batch_size=4096)
+            SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=loss).train()
+
+    Source:
+        Solatorio 2024, arXiv 2402.16829, and Gao et al. 2021, arXiv 2101.06983.
     """
+
+    temperature: Any  # float | Tensor; stock's annotation leaves the tensor out
 
     def __init__(
         self,
@@ -67,11 +84,11 @@ class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
         super().__init__(
             model,
             guide,
-            temperature,
+            widened(temperature),
             mini_batch_size,
             mini_batch_num_tokens,
             show_progress_bar,
-            margin_strategy,
+            widened(margin_strategy),
             margin,
             contrast_anchors,
             contrast_positives,
@@ -80,9 +97,9 @@ class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
         self._set_cache_options(packing, unique_rows, activation_budget)
 
     def serves(self) -> bool:
-        """Whether the fused operation computes the loss stage; see :func:`._serving.serves`."""
+        """Returns True if the fused operation computes the loss stage; see ``_fused_or_stock.serves``."""
         new_options = {"temperature": "learnable"} if learnable(self.temperature) else None
-        return serves(self, changed_computation(self, stock.CachedGISTEmbedLoss), new_options)
+        return serves(self, changed_computation(self, StockLoss.sim_matrix), new_options)
 
     def calculate_loss(
         self,
@@ -92,19 +109,33 @@ class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
         with_backward: bool = False,
         prefixes: Prefixes = WHOLE,
     ) -> Tensor:
-        """The loss of the whole batch from its mini-batches of embeddings and of the guide's; see stock."""
+        """Returns the loss () of the whole batch from the embeddings of its mini-batches. Stock has this method too.
+
+        Args:
+            reps: For each column, the embeddings [n, D] of each mini-batch.
+            reps_guided: The same from the guide, [n, D'].
+            with_backward: True leaves its gradient in ``.grad`` of every mini-batch, and detaches the loss from them.
+                The loss still carries the gradient of a learnable temperature.
+            prefixes: The prefixes to compute the loss of, from a MatryoshkaLoss.
+        """
         if prefixes is WHOLE and not self.serves():
             return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
         if len(reps) != len(reps_guided):
             raise ValueError("reps and reps_guided must have the same length")
         columns = [torch.cat(column) for column in reps]
         guide_columns = [torch.cat(column) for column in reps_guided]
-        loss = guided_loss(self, columns, guide_columns, stock, prefixes)
+        loss = guided_loss(self, columns, guide_columns, stock_module, prefixes)
         return backward_to_embeddings(loss, [part for column in reps for part in column]) if with_backward else loss
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Returns the loss () of a batch; its backward pass encodes the batch once more.
+
+        Args:
+            sentence_features: The features of each column: anchors, positives, negatives.
+            labels: Not used.
+        """
         if self.on_stock_engine(self.temperature):
-            return super().forward(sentence_features, labels)
+            return super().forward(sentence_features, widened(labels))
         return self.run_cached(
             sentence_features,
             lambda columns, guided, **backward: self.calculate_loss(
@@ -113,25 +144,28 @@ class CachedGISTEmbedLoss(GradientCached, DropIn, stock.CachedGISTEmbedLoss):
         )
 
     def embed_rows(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
+        """Returns the model's embeddings [n, D] of a mini-batch, and in the first pass the guide's [n, D'] too."""
         embeddings = super().embed_rows(mini_batch, first)
         if not first:
             return embeddings
         with torch.no_grad():
-            features = mini_batch.features()
+            features: Any = mini_batch.features()
             if self.must_retokenize:
                 check_retokenizable(self, features["input_ids"])
                 features = batch_to_device(self.guide.preprocess(self._texts(features)), self.guide.device)
             return [*embeddings, self.guide(features)["sentence_embedding"]]
 
     def _texts(self, features: dict[str, Any]) -> list[str]:
-        """What was tokenized, as far as the tokens tell, for a guide with another vocabulary."""
+        """Returns the texts of features, decoded from their token ids, for a guide with another vocabulary."""
         ids = features["input_ids"]
         if "cu_seq_lens_q" in features:
             ids = torch.tensor_split(ids[0].cpu(), features["cu_seq_lens_q"][1:-1].cpu())
         return self.tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
 
     def new_options(self) -> dict[str, Any]:
+        """Returns the options that are set and that stock does not have, by name."""
         return self.cache_options().changed()
 
     def get_config_dict(self) -> dict[str, Any]:
+        """Returns the configuration for the model card: stock's, and the options that stock does not have."""
         return plain_scale(super().get_config_dict()) | self.new_options()

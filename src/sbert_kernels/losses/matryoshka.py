@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import matryoshka as stock
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss as StockLoss
 from torch import Tensor, nn
 
+from .._stock import matryoshka as stock_module
+from .._stock import widened
 from ..logs import described, log_once
 from ..ops._checks import number
 from ._drop_in import DropIn
@@ -25,8 +27,8 @@ from .multiple_negatives_ranking import MultipleNegativesRankingLoss
 
 logger = logging.getLogger(__name__)
 
-# The drop-ins that take prefixes, and the methods that compute them: a user's own version of one of these has to be
-# called with the embeddings of each prefix.
+# The drop-ins that take prefixes, with the methods that compute them. If a user has overridden one of these methods, it
+# must be called with the embeddings of each prefix, as stock does.
 PLAIN = {
     MultipleNegativesRankingLoss: ("forward", "compute_loss_from_embeddings", "compute_loss"),
     GISTEmbedLoss: ("forward",),
@@ -34,23 +36,53 @@ PLAIN = {
 CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
 
 
-class MatryoshkaLoss(DropIn, stock.MatryoshkaLoss):
-    """Stock's MatryoshkaLoss, all prefixes of the embeddings in one call of the inner loss.
+class MatryoshkaLoss(DropIn, StockLoss):
+    """Trains embeddings whose prefixes, the first 64 or 128 numbers say, are good embeddings too.
 
-    This holds for the inner losses of this package that rank in-batch negatives (plain or cached, guided or not); any
-    other inner loss, and whatever option of one only stock serves, is computed one prefix at a time, as by stock.
+    It computes another loss on each of several prefixes of the embeddings and adds the results up. Use it when
+    embeddings are to be stored or searched at a smaller size than the model gives, at little cost in quality.
 
-    Values and gradients are stock's to rounding, except where the norm of an embedding or of a prefix is below the eps
-    of the normalisation (1e-12, in the GIST losses 1e-8): stock normalises such a prefix two or three times. The
-    features keep the whole embedding that the model put there, not the last prefix. The guide of a GIST loss embeds
-    once.
+    Values and gradients are those of stock's class to rounding. If the inner loss is one of this package with in-batch
+    negatives (plain or cached, with a guide or not), all prefixes are computed in one pass over the embeddings; stock
+    runs the whole loss once for each prefix. Any other inner loss, and an option of one that only stock serves, is
+    computed one prefix at a time; for the latter one logged line says why.
+
+    Inputs:
+        +---------------------------------+----------------------------------+
+        | Texts                           | Labels                           |
+        +=================================+==================================+
+        | those that the inner loss takes | those that the inner loss takes  |
+        +---------------------------------+----------------------------------+
 
     Args:
         model: The model that the inner loss was built with.
-        loss: The inner loss, of the prefix of every embedding.
-        matryoshka_dims: Widths of the prefixes, each at most the embeddings' dimension.
-        matryoshka_weights: What multiplies the loss of each; 1 by default. A learnable one is computed as by stock.
-        n_dims_per_step: How many of the prefixes, drawn at random, a step looks at; -1 is all.
+        loss: The inner loss.
+        matryoshka_dims: The widths of the prefixes, each at most the dimension of the embeddings.
+        matryoshka_weights: What multiplies the loss of each prefix; 1 by default. With learnable weights the prefixes
+            are computed one at a time.
+        n_dims_per_step: How many of the prefixes, drawn at random, are computed in each step; -1 is all.
+
+    Raises:
+        ValueError: The dims or the weights do not go with each other or with the model.
+
+    Recommendations:
+        - Have the full dimension of the model among ``matryoshka_dims``.
+        - With this class all prefixes cost little more than one, so ``n_dims_per_step`` is hardly needed.
+
+    What differs from stock: where the norm of an embedding or a prefix is below the eps of the normalisation (1e-12; in
+    the GIST losses 1e-8), since stock normalises such a prefix two or three times. The features keep the whole
+    embedding that the model put there, not the last prefix. The guide of a GIST loss embeds once.
+
+    Example:
+        ::
+
+            model = SentenceTransformer("microsoft/mpnet-base")
+            loss = losses.MultipleNegativesRankingLoss(model)
+            loss = losses.MatryoshkaLoss(model, loss, [768, 512, 256, 128, 64])
+            SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss).train()
+
+    Source:
+        Kusupati et al. 2022, Matryoshka Representation Learning, arXiv 2205.13147.
     """
 
     def __init__(
@@ -65,56 +97,68 @@ class MatryoshkaLoss(DropIn, stock.MatryoshkaLoss):
         self._fuse_loss_stage()
 
     def _fuse_loss_stage(self) -> None:
-        """Put ours in the place of the decorator that stock has put around the loss stage of a cached drop-in."""
+        """Replaces the decorator that stock has put around the loss stage of a cached drop-in by ours."""
         decorator = vars(self.loss).get("calculate_loss")
-        if isinstance(self.loss, CACHED) and type(decorator) is stock.CachedLossDecorator:
-            self.loss.calculate_loss = CachedLossDecorator(
+        if isinstance(self.loss, CACHED) and type(decorator) is stock_module.CachedLossDecorator:
+            # As stock's assignment does; through vars(), because for a type checker it is a method.
+            vars(self.loss)["calculate_loss"] = CachedLossDecorator(
                 decorator.fn, decorator.matryoshka_dims, decorator.matryoshka_weights, decorator.n_dims_per_step
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copied or pickled loss, whose decorator comes back as stock's."""
         super().__setstate__(state)
         self._fuse_loss_stage()
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        sentence_features = list(sentence_features)
-        drop_in = next((cls for cls in PLAIN if isinstance(self.loss, cls)), None)
-        if drop_in is None or not self.loss.serves() or not _in_one_call(self.loss, self._hindrance(drop_in)):
-            return super().forward(sentence_features, labels)
-        prefixes = _prefixes_of_step(self.matryoshka_dims, self.matryoshka_weights, self.n_dims_per_step)
-        return self.loss(sentence_features, labels, prefixes=prefixes)
+        """Returns the weighted sum () of the inner loss of each prefix.
 
-    def _hindrance(self, drop_in: type[nn.Module]) -> str | None:
-        """Why the inner loss must be called once a prefix, or None."""
+        Args:
+            sentence_features: The features of each column of texts.
+            labels: The labels, as the inner loss takes them.
+        """
+        sentence_features = list(sentence_features)
+        inner = self.loss
+        if isinstance(inner, (MultipleNegativesRankingLoss, GISTEmbedLoss)):
+            drop_in = next(cls for cls in PLAIN if isinstance(inner, cls))
+            if inner.serves() and _in_one_call(inner, self._why_not_one_call(drop_in)):
+                prefixes = _prefixes_of_step(self.matryoshka_dims, self.matryoshka_weights, self.n_dims_per_step)
+                return inner(sentence_features, labels, prefixes=prefixes)
+        return super().forward(sentence_features, widened(labels))
+
+    def _why_not_one_call(self, drop_in: type[nn.Module]) -> str | None:
+        """Returns why the inner loss, which is a ``drop_in``, must be called once for each prefix, or None."""
         for name in PLAIN[drop_in]:
             if inspect.getattr_static(self.loss, name) is not vars(drop_in)[name]:
                 return f"its {name} was overridden"
-        # Stock truncates what this wrapper's model returns, to whomever it returns it.
+        # Stock cuts whatever this loss's model returns, also for another loss or as a guide.
         if self.loss.model is not self.model:
             return "its model is not the one given to MatryoshkaLoss"
         if getattr(self.loss, "guide", None) is self.model:
             return "its guide is the model itself, and is truncated as well"
-        return _unsupported_weights(self.matryoshka_weights)
+        return _why_not_weights(self.matryoshka_weights)
 
 
-class CachedLossDecorator(stock.CachedLossDecorator):
-    """Stock's decorator of ``calculate_loss``, which calls it once with all prefixes where it can."""
+class CachedLossDecorator(stock_module.CachedLossDecorator):
+    """Wraps ``calculate_loss`` of a cached loss, as stock's does, and calls it once for all prefixes if it can."""
 
     def __call__(self, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the weighted sum () of the loss of each prefix of the embeddings ``reps``."""
         loss = getattr(self.fn, "__self__", None)
-        if not isinstance(loss, CACHED) or not loss.serves() or not _in_one_call(loss, self._hindrance()):
+        if not isinstance(loss, CACHED) or not loss.serves() or not _in_one_call(loss, self._why_not_one_call()):
             return super().__call__(reps, *args, **kwargs)
         prefixes = _prefixes_of_step(self.matryoshka_dims, self.matryoshka_weights, self.n_dims_per_step)
         return self.fn(reps, *args, prefixes=prefixes, **kwargs)
 
-    def _hindrance(self) -> str | None:
+    def _why_not_one_call(self) -> str | None:
+        """Returns why the loss must be called once for each prefix, or None."""
         if self.fn.__func__ not in [vars(cls)["calculate_loss"] for cls in CACHED]:
             return "its calculate_loss was overridden"
-        return _unsupported_weights(self.matryoshka_weights)
+        return _why_not_weights(self.matryoshka_weights)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and pickled as stock's, for where this package is not installed; MatryoshkaLoss replaces it again."""
-        return stock.CachedLossDecorator, (
+        """Makes a copy or a pickle stock's decorator, so that it loads anywhere; MatryoshkaLoss replaces it again."""
+        return stock_module.CachedLossDecorator, (
             self.fn,
             self.matryoshka_dims,
             self.matryoshka_weights,
@@ -122,8 +166,8 @@ class CachedLossDecorator(stock.CachedLossDecorator):
         )
 
 
-def _unsupported_weights(weights: Sequence[Any]) -> str | None:
-    """Why weights as they are now cannot be given to one call for all prefixes, or None."""
+def _why_not_weights(weights: Sequence[Any]) -> str | None:
+    """Returns why weights as they are now cannot be given to one call for all prefixes, or None."""
     if any(map(learnable, weights)):
         return "matryoshka_weights are learnable"
     try:
@@ -133,15 +177,16 @@ def _unsupported_weights(weights: Sequence[Any]) -> str | None:
     return None if finite else f"matryoshka_weights={described(list(weights))} are not all finite numbers"
 
 
-def _in_one_call(loss: nn.Module, hindrance: str | None) -> bool:
-    if hindrance is None:
+def _in_one_call(loss: nn.Module, why_not: str | None) -> bool:
+    """Returns True if there is no reason against one call for all prefixes; otherwise logs the reason once."""
+    if why_not is None:
         return True
-    log_once(logger, f"{type(loss).__name__} in a MatryoshkaLoss is computed one prefix at a time: {hindrance}.")
+    log_once(logger, f"{type(loss).__name__} in a MatryoshkaLoss is computed one prefix at a time: {why_not}.")
     return False
 
 
 def _prefixes_of_step(dims: Sequence[int], weights: Sequence[Any], count: int) -> Prefixes:
-    """All prefixes, or ``count`` of them, drawn by the same call as stock's: the same seed draws the same prefixes."""
+    """Returns all prefixes, or ``count`` of them at random; a seed draws the same ones here as in stock."""
     indices: Sequence[int] = range(len(dims))
     if 0 < count < len(indices):
         indices = random.sample(indices, count)

@@ -10,58 +10,117 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
-from sentence_transformers.sentence_transformer.losses.multiple_negatives_symmetric_ranking import (
-    MultipleNegativesSymmetricRankingLoss as StockSymmetric,
-)
-from sentence_transformers.util import all_gather, cos_sim
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss as StockLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesSymmetricRankingLoss as StockSymmetric
+from sentence_transformers.util import all_gather, cos_sim, similarity_fct_name
 from torch import Tensor
 from typing_extensions import deprecated
 
 from .. import settings
+from .._stock import deprecation_of, widened
+from .._stock import multiple_negatives_ranking as stock_module
 from ..ops._gather import check_batches
 from ..ops.contrastive import contrastive_loss
 from ..problems.contrastive import DUPLICATES
 from ..values import readable
 from ._drop_in import DropIn
+from ._fused_or_stock import serves, similarity_of, why_not_embeddings
 from ._prefixes import WHOLE, Prefixes
 from ._row_ids import row_ids
 from ._scale import as_scale, check_scale, learnable, plain_scale
-from ._serving import serves, similarity_of, unsupported_embeddings
 
-# The ids of each column's rows, by loss, of the forward passes that run in this thread; None for a column not needed.
+# The ids of each column's rows (None for a column that is not needed), by loss, of the forward passes in this thread.
 _TEXTS: ContextVar[dict[Any, list[Tensor | None]] | None] = ContextVar("sbert_kernels_texts", default=None)
 
 
 def check_duplicates(duplicates: str) -> str:
+    """Returns the option ``duplicates``, after a check that it is one of "keep", "mask" and "positive".
+
+    Raises:
+        ValueError: It is something else.
+    """
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates must be one of {list(DUPLICATES)}, got {duplicates!r}.")
     return duplicates
 
 
-class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
-    """Stock's MultipleNegativesRankingLoss, without its N x N matrices.
+class MultipleNegativesRankingLoss(DropIn, StockLoss):
+    """Trains each anchor to be more similar to its own positive than to everything else in the batch.
 
-    Values and gradients are stock's to rounding, for every option. The loss is float32 (float64 for float64
-    embeddings), under autocast too. New are ``duplicates`` and a ``scale`` that is learned.
+    This is InfoNCE with in-batch negatives: for each anchor a softmax over its similarities with all candidates of the
+    batch, times ``scale``, and the cross-entropy of its own positive. It is the loss to start with for retrieval, when
+    the data are pairs of texts that belong together. The larger the batch, the more negatives and the better the model.
+
+    Values and gradients are those of stock's class to rounding, for every option, but the N x N matrices of
+    similarities are never held: memory grows with the batch, not with its square. The loss is float32 (float64 for
+    float64 embeddings), under autocast too. New are ``duplicates`` and a ``scale`` that is learned.
+
+    Inputs:
+        +-------------------------------------------------+--------+
+        | Texts                                           | Labels |
+        +=================================================+========+
+        | (anchor, positive) pairs                        | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative) triplets           | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative_1, ..., negative_n) | none   |
+        +-------------------------------------------------+--------+
 
     Args:
-        model: The model, which embeds (query, positive) pairs or (query, positive, negatives...) tuples.
-        scale: Multiplies the similarities: the inverse temperature. Positive; an ``nn.Parameter`` is learned.
-        similarity_fct: ``cos_sim`` or ``dot_score``; any other is computed by stock, which is logged once.
-        gather_across_devices: Whether the documents (and queries) of all ranks are candidates.
-        directions: Which candidates a row has: "query_to_doc", and any of "query_to_query", "doc_to_query" and
-            "doc_to_doc".
-        partition_mode: "joint", one softmax over all directions; or "per_direction", the mean of one for each.
-        hardness_mode: None, or the documents that weigh more by their similarity: "in_batch_negatives",
-            "hard_negatives", "all_negatives".
-        hardness_strength: What multiplies that similarity in the logit; not negative.
-        duplicates: What becomes of an in-batch negative whose text equals the row's own positive (or query, in the
-            directions whose candidates are queries): "keep" (as stock), "mask", or "positive". Texts are compared by
-            their token ids, those of candidates only. See :func:`sbert_kernels.contrastive_loss`.
+        model: The model.
+        scale: Multiplies the similarities; it is 1 / temperature. Positive, usually 10 to 100. A 0-d ``nn.Parameter``
+            is learned.
+        similarity_fct: ``cos_sim`` or ``dot_score``. For any other function stock computes the loss, and one logged
+            line says so. With ``dot_score`` a ``scale`` of 1 is usual.
+        gather_across_devices: True takes the texts of all ranks as candidates. Recommended with several GPUs.
+        directions: Which similarities are candidates. "query_to_doc" (anchor with every positive and negative) is
+            always needed; it can be joined by "doc_to_query" (positive with every anchor), "query_to_query" (anchor
+            with every other anchor) and "doc_to_doc" (positive with the positives and negatives of other rows).
+        partition_mode: "joint" is one softmax over the candidates of all directions. "per_direction" is the mean of one
+            loss for each direction; it goes with "query_to_doc" and "doc_to_query" only.
+        hardness_mode: Which negatives weigh more the more similar they are: None, "in_batch_negatives" (Lan et al.
+            2025, arXiv 2503.04812), "hard_negatives" (Schechter Vera et al. 2025, arXiv 2509.20354) or "all_negatives".
+        hardness_strength: Multiplies the similarity that is added to the logit of such a negative; not negative. The
+            papers use 9 for "in_batch_negatives" and 5 for "hard_negatives".
+        duplicates: What becomes of an in-batch negative whose text equals that of the row's own positive (or of the
+            anchor itself, where anchors are candidates). "keep" leaves it a negative, as stock does. "mask" leaves it
+            out. "positive" makes it one more positive of the row. Texts are compared by their token ids; see
+            :func:`sbert_kernels.contrastive_loss`.
+
+    Raises:
+        ValueError, TypeError: An option is not one of those above.
+
+    Recommendations:
+        - For pairs alone, all four directions with "joint" often give a stronger signal (Li et al. 2023, arXiv
+          2308.03281); so do the two directions "query_to_doc" and "doc_to_query" with "per_direction" (Günther et al.
+          2023, arXiv 2310.19923).
+        - If texts occur more than once in the data, use ``duplicates="mask"`` or "positive", or stock's sampler
+          ``BatchSamplers.NO_DUPLICATES``.
+        - If the encoder's memory limits the batch, use :class:`CachedMultipleNegativesRankingLoss`.
+        - If many in-batch negatives are in truth positives, use :class:`GISTEmbedLoss`.
+
+    Example:
+        ::
+
+            from datasets import Dataset
+            from sbert_kernels import losses
+            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+
+            model = SentenceTransformer("microsoft/mpnet-base")
+            train_dataset = Dataset.from_dict({
+                "anchor": ["It's nice weather outside today.", "He drove to work."],
+                "positive": ["It's so sunny.", "He took the car to the office."],
+            })
+            loss = losses.MultipleNegativesRankingLoss(model)
+            SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss).train()
+
+    Source:
+        van den Oord et al. 2018, Representation Learning with Contrastive Predictive Coding, arXiv 1807.03748;
+        Henderson et al. 2017, Efficient Natural Language Response Suggestion for Smart Reply, arXiv 1705.00652.
     """
 
     duplicates: str = "keep"
+    scale: Any  # float | Tensor; stock's annotation leaves the tensor out
 
     def __init__(
         self,
@@ -81,9 +140,9 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
             scale=check_scale(scale) if readable(scale) else 1.0,  # stock compares it with 0
             similarity_fct=similarity_fct,
             gather_across_devices=gather_across_devices,
-            directions=directions,
-            partition_mode=partition_mode,
-            hardness_mode=hardness_mode,
+            directions=widened(directions),
+            partition_mode=widened(partition_mode),
+            hardness_mode=widened(hardness_mode),
             hardness_strength=hardness_strength,
         )
         self.scale = scale
@@ -96,20 +155,27 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         *,
         prefixes: Prefixes = WHOLE,
     ) -> Tensor:
+        """Returns the loss () of a batch.
+
+        Args:
+            sentence_features: The features of each column: anchors, positives, negatives.
+            labels: Not used.
+            prefixes: The prefixes of the embeddings to compute the loss of, from a MatryoshkaLoss.
+        """
         sentence_features = list(sentence_features)
         with self.ids_of(sentence_features):
             if prefixes is WHOLE:
-                return super().forward(sentence_features, labels)
-            embeddings = stock.embed_columns(self.model, sentence_features)
-            return self.compute_loss(embeddings, labels, stock, prefixes)
+                return super().forward(sentence_features, widened(labels))
+            embeddings = stock_module.embed_columns(self.model, sentence_features)
+            return self.compute_loss(embeddings, labels, stock_module, prefixes)
 
     @contextmanager
     def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
-        """Know the texts of a batch, where ``duplicates`` asks for them, while its loss is computed."""
+        """Keeps the ids of a batch's texts for a block that computes its loss, if ``duplicates`` needs them."""
         if self.duplicates == "keep" or settings.get("disable"):
             yield
             return
-        # Queries that are candidates of nothing may be no texts at all: images, whose captions are compared.
+        # Anchors that are no candidates may be no texts at all, such as images with captions as positives.
         queries_needed = not {"query_to_query", "doc_to_query"}.isdisjoint(self.directions)
         ids = [
             row_ids(features, column) if column > 0 or queries_needed else None
@@ -122,20 +188,20 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
             _TEXTS.reset(token)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        return self.compute_loss(embeddings, labels, stock)
+        """Returns the loss () of embeddings [N, D] of the anchors, the positives and each column of negatives."""
+        return self.compute_loss(embeddings, labels, stock_module)
 
     def serves(self, embeddings: Sequence[Tensor] = (), new_options: dict[str, Any] | None = None) -> bool:
-        """Whether the fused operation computes the loss (of these embeddings); see :func:`._serving.serves`."""
-        unsupported = unsupported_embeddings(embeddings)
+        """Returns True if the fused operation computes the loss of these embeddings; see ``_fused_or_stock.serves``."""
+        why_not = why_not_embeddings(embeddings)
         if similarity_of(self.similarity_fct) is None:
-            unsupported = (
-                f"similarity_fct={stock.similarity_fct_name(self.similarity_fct)} is neither cos_sim nor dot_score"
-            )
+            why_not = f"similarity_fct={similarity_fct_name(self.similarity_fct)} is neither cos_sim nor dot_score"
         if self.hardness_mode is not None and learnable(self.hardness_strength):
-            unsupported = "hardness_strength is learnable"
-        return serves(self, unsupported, self.new_options() | (new_options or {}))
+            why_not = "hardness_strength is learnable"
+        return serves(self, why_not, self.new_options() | (new_options or {}))
 
     def new_options(self) -> dict[str, Any]:
+        """Returns the options that are set and that stock does not have, by name."""
         return {} if self.duplicates == "keep" else {"duplicates": self.duplicates}
 
     def compute_loss(
@@ -146,15 +212,19 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         prefixes: Prefixes = WHOLE,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one column of embeddings [N, D] for each of query, positive, negatives, and weights [N] of rows.
+        """Returns the loss () of embeddings.
 
-        ``namespace`` is the stock module whose ``all_gather_with_grad`` and ``get_rank`` are to be used. Prefixes are
-        for the fused operation only: ask :meth:`serves` first.
+        Args:
+            embeddings: [N, D] of the anchors, the positives and each column of negatives.
+            labels: Not used.
+            namespace: The module of stock whose ``all_gather_with_grad`` and ``get_rank`` are called.
+            prefixes: The prefixes to compute the loss of. Only the fused operation takes them: ask :meth:`serves`.
+            weights: A weight [N] for each row, or None for the plain mean.
         """
-        # Named after what the user has set: rows are weighted for AnglEObjective only.
+        # The option has the name that the user has set: only AnglEObjective gives weights.
         weighted = None if weights is None else {"positive_threshold": "not None"}
         if len(embeddings) < 2 or (prefixes is WHOLE and not self.serves(embeddings, weighted)):
-            return super().compute_loss_from_embeddings(embeddings, labels)
+            return super().compute_loss_from_embeddings(embeddings, widened(labels))
         queries, *documents = embeddings
         query_ids, document_ids = self._column_ids(embeddings)
         all_queries, offset = None, 0
@@ -164,12 +234,14 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
             documents = [namespace.all_gather_with_grad(column) for column in documents]
             offset = namespace.get_rank() * len(queries)
             queries = all_queries[offset : offset + len(queries)]
+        # MatryoshkaLoss normalises every prefix, so the cosine is what any similarity function would give then.
+        similarity = similarity_of(self.similarity_fct) if prefixes is WHOLE else "cos"
+        assert similarity is not None  # serves() has refused any other
         return contrastive_loss(
             queries,
             documents,
             scale=as_scale(self.scale),
-            # MatryoshkaLoss normalises every prefix, whatever compares them then.
-            similarity=similarity_of(self.similarity_fct) if prefixes is WHOLE else "cos",
+            similarity=similarity,
             directions=self.directions,
             partition_mode=self.partition_mode,
             hardness_mode=self.hardness_mode,
@@ -185,7 +257,10 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         )
 
     def _column_ids(self, embeddings: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Ids of the query columns, if a direction needs them, and of all documents, gathered as the embeddings are."""
+        """Returns the ids of the queries [N], if a direction needs them, and of all documents [columns * N].
+
+        With ``gather_across_devices`` they are those of all ranks, in the order of the gathered embeddings.
+        """
         if self.duplicates == "keep":
             return None, None
         ids = (_TEXTS.get() or {}).get(self)
@@ -201,19 +276,39 @@ class MultipleNegativesRankingLoss(DropIn, stock.MultipleNegativesRankingLoss):
         return queries, documents.flatten()
 
     def get_config_dict(self) -> dict[str, Any]:
+        """Returns the configuration for the model card: stock's, and the options that stock does not have."""
         return plain_scale(super().get_config_dict()) | self.new_options()
 
 
 with warnings.catch_warnings():
-    # Subclassing a deprecated class warns, at a point where no user has asked for it yet.
+    # A deprecated class warns when it is subclassed, which no user has done here.
     warnings.simplefilter("ignore", DeprecationWarning)
 
-    @deprecated(StockSymmetric.__deprecated__)
+    @deprecated(deprecation_of(StockSymmetric))
     class MultipleNegativesSymmetricRankingLoss(StockSymmetric, MultipleNegativesRankingLoss):
-        """Stock's MultipleNegativesSymmetricRankingLoss, as :class:`MultipleNegativesRankingLoss` computes it.
+        """Trains each anchor to find its positive among the batch, and each positive to find its anchor.
+
+        It is :class:`MultipleNegativesRankingLoss` with ``directions=("query_to_doc", "doc_to_query")`` and
+        ``partition_mode="per_direction"``, and deprecated in favour of it. Use it only in scripts that have it already.
+
+        Inputs:
+            +-------------------------------------------------+--------+
+            | Texts                                           | Labels |
+            +=================================================+========+
+            | (anchor, positive) pairs                        | none   |
+            +-------------------------------------------------+--------+
+            | (anchor, positive, negative_1, ..., negative_n) | none   |
+            +-------------------------------------------------+--------+
 
         Args:
             model, scale, similarity_fct, gather_across_devices, duplicates: See :class:`MultipleNegativesRankingLoss`.
+
+        Example:
+            ::
+
+                loss = losses.MultipleNegativesRankingLoss(
+                    model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+                )  # instead of losses.MultipleNegativesSymmetricRankingLoss(model)
         """
 
         def __init__(
@@ -225,5 +320,5 @@ with warnings.catch_warnings():
             *,
             duplicates: str = "keep",
         ) -> None:
-            super().__init__(model, scale, similarity_fct, gather_across_devices)
+            super().__init__(model, widened(scale), similarity_fct, gather_across_devices)
             self.duplicates = check_duplicates(duplicates)

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
-from sentence_transformers.sparse_encoder.losses import sparse_angle, sparse_cosent
+from sentence_transformers.sparse_encoder.losses import SparseAnglELoss as StockSparseAnglELoss
+from sentence_transformers.sparse_encoder.losses import SparseCoSENTLoss as StockSparseCoSENTLoss
 
 from .cosent import CoSENTLoss
 
 
-class SparseCoSENTLoss(sparse_cosent.SparseCoSENTLoss, CoSENTLoss):
-    """Stock's SparseCoSENTLoss, as :class:`CoSENTLoss` computes it.
+class SparseCoSENTLoss(StockSparseCoSENTLoss, CoSENTLoss):
+    """Is :class:`CoSENTLoss` for sparse encoders; it goes into a ``SpladeLoss`` or a ``CSRLoss``.
+
+    Inputs:
+        +------------------------+---------------------------------------------+
+        | Texts                  | Labels                                      |
+        +========================+=============================================+
+        | (text_A, text_B) pairs | a number for each pair, larger for more     |
+        |                        | similar texts                               |
+        +------------------------+---------------------------------------------+
 
     Args:
         model: The sparse encoder, whose ``similarity_fn_name`` becomes "cosine".
         scale, similarity_fct: See :class:`CoSENTLoss`.
+
+    Example:
+        ::
+
+            model = SparseEncoder("distilbert/distilbert-base-uncased")
+            loss = SpladeLoss(model, losses.SparseCoSENTLoss(model), document_regularizer_weight=5e-5)
     """
 
 
-class SparseAnglELoss(sparse_angle.SparseAnglELoss, SparseCoSENTLoss):
-    """Stock's SparseAnglELoss, as :class:`CoSENTLoss` computes it.
+class SparseAnglELoss(StockSparseAnglELoss, SparseCoSENTLoss):
+    """Is :class:`AnglELoss` on pairs, for sparse encoders; it goes into a ``SpladeLoss`` or a ``CSRLoss``.
+
+    Inputs:
+        +------------------------+---------------------------------------------+
+        | Texts                  | Labels                                      |
+        +========================+=============================================+
+        | (text_A, text_B) pairs | a number for each pair, larger for more     |
+        |                        | similar texts                               |
+        +------------------------+---------------------------------------------+
 
     Args:
         model: The sparse encoder, whose ``similarity_fn_name`` becomes "cosine".
         scale: See :class:`CoSENTLoss`.
+
+    Example:
+        ::
+
+            loss = SpladeLoss(model, losses.SparseAnglELoss(model), document_regularizer_weight=5e-5)
     """

@@ -4,58 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
-from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as stock
 from torch import Tensor, nn
 
+from .._stock import CachedLossMixin
+from .._stock import multiple_negatives_ranking as stock_module
+from ..gradcache.loss_stage import backward_to_embeddings
 from ..gradcache.options import Options
-from ..gradcache.stage import backward_to_embeddings
 from ..logs import described
 from ..values import dry
-from ._cached import GradientCached, check_splits
 from ._components import ADDED, Components
 from ._drop_in import keep_ours
 from ._from_embeddings import cut_like, loss_from_embeddings
+from ._gradient_cache import GradientCached, check_splits
 from ._learned import LearnsValues
 from ._scale import as_scale, learnable
 from ._weighted_checks import check_loss, check_name, check_weight
 
 
 class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
-    """The weighted sum of several losses, from one encoding of the batch.
+    """Is the weighted sum of several losses, from one encoding of the batch.
 
-    Each loss gets the same embeddings and the same labels. The result is a dictionary of the weighted terms: the
-    Trainer sums them, and logs each under its name. MatryoshkaLoss, AdaptiveLayerLoss and Matryoshka2dLoss go around::
+    Use it to train with two objectives at once: a ranking loss with a regulariser, say, or scores and in-batch
+    negatives of the same data. Every loss gets the same embeddings and the same labels, so a second loss costs next to
+    nothing. The result is a dictionary of the weighted terms: the Trainer sums them, and logs each under its name.
+    sentence-transformers has no such loss.
 
-        loss = WeightedLoss(model, {
-            "ranking": (MultipleNegativesRankingLoss(model), 1.0),
-            "spread": (GlobalOrthogonalRegularizationLoss(model), 0.1),
-        })
-        loss = MatryoshkaLoss(model, loss, [512, 128])
+    Inputs:
+        +---------------------------------------------+---------------------------------------------+
+        | Texts                                       | Labels                                      |
+        +=============================================+=============================================+
+        | any columns that all of the losses take     | any labels that all of the losses take      |
+        +---------------------------------------------+---------------------------------------------+
 
     Args:
         model: The model that all the losses were built with.
         losses: ``{name: (loss, weight)}``, at least one. A loss is one of this package, of sentence-transformers or
-            of your own that needs the embeddings and the labels only; a dictionary that it returns counts as its sum.
+            of your own that needs only the embeddings and the labels; a dictionary that it returns counts as its sum.
             A weight is a finite number, or a tensor of one element: an ``nn.Parameter`` is learned, and its gradient
             averaged over the ranks.
-        mini_batch_size: The batch is encoded in mini-batches of so many rows, by the gradient cache of the Cached
-            losses: one cache, and two passes over the encoder, for all the losses. None encodes it in one piece. The
-            terms must then be multiplied by one common factor, as the sum is; anything else raises in the backward
-            pass.
+        mini_batch_size: None encodes the batch in one piece. A number encodes it through the gradient cache of the
+            Cached losses, as there: one cache, and two passes over the encoder, for all the losses. The terms may then
+            be multiplied by one common factor only, as the sum is; different factors raise in the backward pass.
         mini_batch_num_tokens: The same, in mini-batches of at most so many tokens.
-        packing, unique_rows, activation_budget, show_progress_bar: Of that cache; see
+        packing, unique_rows, activation_budget, show_progress_bar: Options of that cache; see
             :class:`~sbert_kernels.gradcache.options.Options`.
 
     Raises:
-        TypeError, ValueError: A name, a weight or a mini-batch that cannot be, or a loss that needs more than the
-            embeddings and the labels (a guide, a gradient cache of its own, ...). That a loss reads the tokens shows
+        TypeError, ValueError: A name, a weight or a mini-batch is not as above, or a loss needs more than the
+            embeddings and the labels (a guide, a gradient cache of its own, ...). A loss that reads the tokens raises
             at its first batch.
+
+    Recommendations:
+        - MatryoshkaLoss, AdaptiveLayerLoss and Matryoshka2dLoss go around a WeightedLoss, not into it.
+        - Look at the terms in the first lines of the log before you choose the weights.
+
+    Example:
+        ::
+
+            loss = losses.WeightedLoss(model, {
+                "ranking": (losses.MultipleNegativesRankingLoss(model), 1.0),
+                "spread": (losses.GlobalOrthogonalRegularizationLoss(model), 0.1),
+            })
+            loss = losses.MatryoshkaLoss(model, loss, [512, 128])
     """
 
     def __init__(
@@ -99,10 +114,16 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
             raise ValueError(f"{name} without mini_batch_size has no gradient cache for {given} to apply to.")
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Components:
+        """Returns the weighted terms of a batch; the Trainer sums them.
+
+        Args:
+            sentence_features: The features of each column of texts.
+            labels: The labels, as the losses take them.
+        """
         sentence_features = list(sentence_features)
         with self.ids_of(sentence_features):
             if not self.uses_gradient_cache:
-                embeddings = stock.embed_columns(self.model, sentence_features)
+                embeddings = stock_module.embed_columns(self.model, sentence_features)
                 return self.compute_loss_from_embeddings(embeddings, labels)
             found: list[Components] = []
 
@@ -114,25 +135,31 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
             return found[0].driven_by(total)
 
     def learned_values(self) -> dict[str, Tensor]:
+        """Returns the values that are learned, by name: the weights that require a gradient."""
         weights = {f"weights.{name}": weight for name, weight in self.weights.items() if learnable(weight)}
         return super().learned_values() | weights
 
-    def __reduce_ex__(self, protocol: int) -> Any:
-        keep_ours(self.losses.values())  # those that were put in later, too
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        keep_ours(self.losses.values())  # also those that were put in after __init__
         return super().__reduce_ex__(protocol)
 
     def component_names(self) -> list[str]:
-        """Returns the names of the terms, which are the same ones in the same order for every batch.
+        """Returns the names of the terms, the same names in the same order for every batch.
 
-        The Trainer gathers the terms over the ranks one after the other, and the ranks may have batches of different
-        formats in one step.
+        The Trainer needs that: it gathers the terms over the ranks one after the other, and in one step the ranks may
+        have batches of different formats.
         """
         return list(self.losses)
 
     def components(self, embeddings: list[Tensor], labels: Tensor | None) -> Mapping[str, Any]:
-        """Returns the values by name, not weighted yet, from one column of embeddings [B, D] for each of the inputs.
+        """Returns the values of the losses by name, not weighted yet.
 
-        A subclass may compute several at once here, or leave out those that this batch has no use for, which are 0.
+        A subclass may compute several at once here. It may leave out a loss that this batch has no data for; its term
+        is then 0.
+
+        Args:
+            embeddings: [B, D] for each column of texts.
+            labels: The labels of the batch.
         """
         values = {}
         for name, loss in self.losses.items():
@@ -145,6 +172,7 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
         return values
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Components:
+        """Returns the weighted terms from the embeddings [B, D] of each column, and the labels."""
         labels = cut_like(labels, embeddings[0], self.model)
         values = {name: _value(name, value) for name, value in self.components(embeddings, labels).items()}
         absent = torch.zeros_like(next(iter(values.values())))
@@ -155,13 +183,14 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
             }
         )
 
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Components:
-        """The weighted terms of the whole batch from its mini-batches of embeddings; see the Cached losses of stock.
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Any:
+        """Returns the weighted terms of the whole batch, as :class:`Components`, from its mini-batches of embeddings.
 
-        With ``with_backward``, every mini-batch has the gradient of their sum in ``.grad`` afterwards, and the terms
-        returned are detached from all of them; the first still carries the gradients of whatever else is learnable.
+        Args:
+            reps: For each column, the embeddings [n, D] of each mini-batch.
+            labels: The labels of the batch.
+            with_backward: True leaves the gradient of the sum of the terms in ``.grad`` of every mini-batch, and
+                detaches the terms from them. The first term still carries the gradients of learned weights and scales.
         """
         components = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if not with_backward:
@@ -171,20 +200,23 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
 
     @contextmanager
     def ids_of(self, sentence_features: Sequence[dict[str, Tensor]]) -> Iterator[None]:
-        """Let the losses that compare texts see those of a batch, while its loss is computed."""
+        """Keeps the ids of a batch's texts for a block that computes its loss, for the losses that compare texts."""
         with ExitStack() as stack:
             for loss in self.losses.values():
-                if hasattr(loss, "ids_of"):
-                    stack.enter_context(loss.ids_of(sentence_features))
+                ids_of: Any = getattr(loss, "ids_of", None)
+                if ids_of is not None:
+                    stack.enter_context(ids_of(sentence_features))
             yield
 
     def _weight(self, name: str) -> float | Tensor:
+        """Returns a weight as it is now, checked, since a user may have assigned to it."""
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
             check_weight(name, weight)
         return as_scale(weight)
 
     def get_config_dict(self) -> dict[str, Any]:
+        """Returns the configuration for the model card: each loss with its weight, and the options of the cache."""
         config: dict[str, Any] = {
             "losses": {
                 name: {"class": type(loss).__name__, "weight": _plain(self.weights[name])}
@@ -199,15 +231,19 @@ class WeightedLoss(GradientCached, CachedLossMixin, LearnsValues):
 
     @property
     def citation(self) -> str:
-        """Those of the losses, each once; no attribute at all if none has one."""
-        citations = [loss.citation for loss in self.losses.values() if hasattr(loss, "citation")]
+        """Returns the citations of the losses, each once.
+
+        Raises:
+            AttributeError: No loss has one, so that ``hasattr`` is False, as the model card expects.
+        """
+        citations = [str(loss.citation) for loss in self.losses.values() if hasattr(loss, "citation")]
         if not citations:
             raise AttributeError(f"no loss of this {type(self).__name__} has a citation.")
         return "".join(dict.fromkeys(citations))
 
 
 def component_names(loss: Any) -> list[str]:
-    """Returns the names of the terms that a loss gives, with those that a wrapper around it adds; [] of a scalar."""
+    """Returns the names of the terms that a loss gives, with that of a wrapper around it; [] if it gives a scalar."""
     if isinstance(loss, WeightedLoss):
         return loss.component_names()
     names = component_names(loss.loss) if hasattr(loss, "loss") else []
@@ -216,7 +252,7 @@ def component_names(loss: Any) -> list[str]:
 
 
 def _value(name: str, value: Any) -> Tensor:
-    """The value of a loss as a 0-d tensor."""
+    """Returns the value of the loss of that name, a scalar or a dictionary of scalars, as one 0-d tensor."""
     if isinstance(value, Mapping):
         value = sum(value.values())
     if not isinstance(value, Tensor) or value.numel() != 1:
@@ -226,13 +262,14 @@ def _value(name: str, value: Any) -> Tensor:
 
 
 def _stored(weight: float | Tensor) -> float | nn.Parameter:
+    """Returns a weight as a ParameterDict holds it: a tensor that is no parameter as one that is not learned."""
     if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter):
         return weight
     return nn.Parameter(weight, requires_grad=False)
 
 
 def _plain(value: Any) -> Any:
-    """What a model card can write as JSON."""
+    """Returns a value in a form that a model card can write as JSON."""
     if isinstance(value, Tensor):
         if dry(value):
             return None

@@ -141,7 +141,7 @@ def test_the_vendor_s_products_are_used_only_in_the_precision_asked_for() -> Non
     problem = aot.problem_of(aot.CASES[0], torch.float32, 768, rows=65536)
     with launching.recording(launching.Target(*aot.TARGETS["sm_90"])):
         for products, expected in (("float32", "chunked"), ("tf32", "tiled"), ("tf32x3", "tiled")):
-            with settings.override(products=products):
+            with settings.override(matmul=products):
                 assert contrastive.choose_strategy(problem, NEEDS) == expected
                 assert contrastive.strategies(problem, NEEDS) == ("tiled", "chunked")[: 1 + (expected == "chunked")]
 
@@ -152,7 +152,7 @@ def test_the_strategy_asked_for_says_what_it_does_not_do(caplog: pytest.LogCaptu
     problem = aot.problem_of(aot.CASES[0], torch.float32, 64, rows=64)
     with (
         launching.recording(launching.Target(*aot.TARGETS["sm_90"])),
-        settings.override(products="tf32x3", strategy="chunked"),
+        settings.override(matmul="tf32x3", strategy="chunked"),
     ):
         assert [contrastive.choose_strategy(problem, NEEDS) for _ in range(2)] == ["chunked"] * 2
     assert [record.message for record in caplog.records] == [
@@ -166,13 +166,13 @@ def test_products_that_a_gpu_lacks_are_replaced_with_one_line_in_the_log(caplog:
     found = {}
     for name in ("sm_75", "gfx942", "sm_90"):
         for products in ("tf32", "bfloat16"):
-            with settings.override(products=products):
+            with settings.override(matmul=products):
                 target = launching.Target(*aot.TARGETS[name])
                 found[name, products] = [operands.choose_products({torch.float32}, target).name for _ in range(2)]
     lacking = {("sm_75", "tf32"): "float32", ("sm_75", "bfloat16"): "float32", ("gfx942", "tf32"): "bfloat16x3"}
     assert found == {key: [lacking.get(key, key[1])] * 2 for key in found}
     assert [record.message for record in caplog.records] == [
-        f"SBERT_KERNELS_PRODUCTS={products!r}: this GPU has no such products, so that {taken} takes its place."
+        f"SBERT_KERNELS_MATMUL={products!r}: this GPU has no such products, so that {taken} takes its place."
         for (_, products), taken in lacking.items()
     ]
 

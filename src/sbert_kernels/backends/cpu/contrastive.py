@@ -95,16 +95,16 @@ def choose_precision(dtypes: set[torch.dtype]) -> MatmulPrecision:
     """Returns how to multiply operands of these types, by torch's precision knob and the machine's instructions.
 
     Raises:
-        ValueError: SBERT_KERNELS_PRODUCTS asks for a precision of GPUs, or one without instructions here.
+        ValueError: SBERT_KERNELS_MATMUL asks for a precision of GPUs, or one without instructions here.
     """
-    asked_for = settings.get("products")
+    asked_for = settings.get("matmul")
     if asked_for is not None:
         if asked_for not in ("float32", "bfloat16x3", "bfloat16"):
-            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} is for GPUs; the cpu backend cannot multiply so.")
+            raise ValueError(f"SBERT_KERNELS_MATMUL={asked_for!r} is for GPUs; the cpu backend cannot multiply so.")
         precision = MatmulPrecision[asked_for.upper()]
         reason = why_not_precision(precision)
         if reason is not None:
-            raise ValueError(f"SBERT_KERNELS_PRODUCTS={asked_for!r} cannot be served: {reason}.")
+            raise ValueError(f"SBERT_KERNELS_MATMUL={asked_for!r} cannot be served: {reason}.")
         return precision
     if dtypes == {torch.bfloat16}:
         return MatmulPrecision.BFLOAT16 if bfloat16_instructions() else MatmulPrecision.FLOAT32

@@ -18,7 +18,7 @@ from .launching import INTERPRETED, Target, launch
 
 logger = logging.getLogger(__name__)
 
-# How float32 operands are multiplied, by SBERT_KERNELS_PRODUCTS or torch.set_float32_matmul_precision().
+# How float32 operands are multiplied, by SBERT_KERNELS_MATMUL or torch.set_float32_matmul_precision().
 _BY_PRECISION = {"highest": "float32", "high": "tf32", "medium": "bfloat16"}
 _INPUT_PRECISION = {"float32": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "bfloat16x3": "bf16x3", "bfloat16": "ieee"}
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -68,7 +68,7 @@ def choose_products(dtypes: set[torch.dtype], target: Target, prefixes: int = 1)
         if dtype == torch.float16 or tensor_cores:
             return Products(str(dtype).removeprefix("torch."), dtype, fma=not tensor_cores)
         return Products("float32", torch.float32, fma=True)  # sm_75 has no bfloat16 products
-    asked_for = settings.get("products")
+    asked_for = settings.get("matmul")
     name = asked_for or _BY_PRECISION[torch.get_float32_matmul_precision()]
     if dtypes == {torch.float16}:
         name = "tf32"
@@ -80,7 +80,7 @@ def choose_products(dtypes: set[torch.dtype], target: Target, prefixes: int = 1)
     if name != wanted == asked_for:
         log_once(
             logger,
-            f"SBERT_KERNELS_PRODUCTS={asked_for!r}: this GPU has no such products, so that {name} takes its place.",
+            f"SBERT_KERNELS_MATMUL={asked_for!r}: this GPU has no such products, so that {name} takes its place.",
         )
     if name == "bfloat16":
         return Products(name, torch.bfloat16, fma=False)

@@ -1,4 +1,4 @@
-"""Whether a loss is computed by the fused operation or by its stock class, decided at each call."""
+"""Decides at each call whether a loss is computed by the fused operation or by its stock class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ PAIRWISE = (
 
 
 def similarity_of(similarity_fct: Any) -> str | None:
-    """The operation's name for a similarity function of sentence-transformers, or None for any other."""
+    """Returns the operation's name for a similarity function of sentence-transformers, or None for any other.
+
+    Raises:
+        TypeError: It is no function.
+    """
     if getattr(similarity_fct, "__func__", None) is SentenceTransformer.similarity:
         # `model.similarity` dispatches on the model's similarity_fn_name, which is filled in when it is read.
         model = similarity_fct.__self__
@@ -39,31 +43,34 @@ def similarity_of(similarity_fct: Any) -> str | None:
 
 
 def pairwise_similarity_of(similarity_fct: Any) -> str | None:
-    """The same for a function that compares row by row."""
+    """Returns the operation's name for a function that compares two columns row by row, or None for any other."""
     if getattr(similarity_fct, "__func__", None) is SentenceTransformer.similarity_pairwise:
         model = similarity_fct.__self__
         similarity_fct = util.SimilarityFunction.to_similarity_pairwise_fn(model.similarity_fn_name)
-    # Not looked up by its hash, which a callable of the user's need not have.
+    # Compared one by one, because a user's callable need not have a hash.
     return next((name for known, name in PAIRWISE if known is similarity_fct), None)
 
 
-def unsupported_embeddings(embeddings: Sequence[Tensor]) -> str | None:
-    """Why the operation cannot take these embeddings although stock can, or None."""
+def why_not_embeddings(embeddings: Sequence[Tensor]) -> str | None:
+    """Returns why the operation cannot take embeddings that stock can take, or None if it can."""
     if any(embedding.is_sparse for embedding in embeddings):
         return "the embeddings are sparse"
     return None
 
 
-def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any] | None = None) -> bool:
-    """Whether the fused operation computes this call of ``loss``.
+def serves(loss: nn.Module, why_not: str | None, new_options: dict[str, Any] | None = None) -> bool:
+    """Returns True if the fused operation computes this call of a loss, and False if its stock class does.
+
+    A fallback to stock logs one line that says why.
 
     Args:
         loss: The drop-in.
-        unsupported: Which of its options only the stock computation serves, if any.
-        new_options: Options that stock does not honour, by name, where they are set.
+        why_not: Why only the stock class can compute it as it is set now, or None.
+        new_options: The options that are set and that the stock class does not have, by name.
 
     Raises:
-        ValueError: ``unsupported``, but a new option or a backend was asked for that stock cannot honour.
+        ValueError: Only the stock class can compute the loss, but an option is set that it does not have, or a backend
+            was asked for.
     """
     name = type(loss).__name__
     options = ", ".join(f"{key}={value!r}" for key, value in (new_options or {}).items())
@@ -71,12 +78,12 @@ def serves(loss: nn.Module, unsupported: str | None, new_options: dict[str, Any]
         if options:
             log_once(logger, f"{name}: SBERT_KERNELS_DISABLE is set, and stock does not honour {options}.")
         return False
-    if unsupported is None:
+    if why_not is None:
         return True
     if options:
-        raise ValueError(f"{name} cannot combine {options} with a stock computation, which is needed: {unsupported}.")
+        raise ValueError(f"{name} cannot combine {options} with a stock computation, which is needed: {why_not}.")
     backend = settings.get("backend")
     if backend is not None:
-        raise ValueError(f"{name} cannot be served by the backend asked for, {backend!r}: {unsupported}.")
-    log_once(logger, f"{name} is computed by sentence-transformers, not by a fused kernel: {unsupported}.")
+        raise ValueError(f"{name} cannot be served by the backend asked for, {backend!r}: {why_not}.")
+    log_once(logger, f"{name} is computed by sentence-transformers, not by a fused kernel: {why_not}.")
     return False

@@ -1,4 +1,4 @@
-"""The gradient cache under the Cached losses of sentence-transformers, and under those here that have none there."""
+"""Puts the gradient cache of this package under the Cached losses, in the place of stock's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sentence_transformers.base.losses.gradcache import has_static_embedding_input
 from torch import Tensor
 
 from .. import settings
+from .._stock import has_static_embedding_input
 from ..gradcache.cache import pad_token_id
 from ..gradcache.engine import cached_loss
 from ..gradcache.options import Options
-from ..gradcache.packing import MiniBatch
+from ..gradcache.packing import MiniBatch, Sliced
 from ..logs import log_once
 from ._scale import learnable
 
@@ -23,12 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_splits(owner: str, model: Any, instead: str) -> None:
-    """Refuse a model whose inputs no gradient cache cuts into mini-batches, as stock's Cached losses do.
+    """Refuses a model whose inputs cannot be cut into mini-batches, as stock's Cached losses do.
+
+    Args:
+        owner: The name of the loss, for the error.
+        model: The model.
+        instead: What the user can do instead, for the error.
 
     Raises:
-        ValueError: the model embeds with a StaticEmbedding; says what to do ``instead``.
+        ValueError: The model embeds with a StaticEmbedding.
     """
-    # Wrapped for distributed training, say, it does not show its modules: then its features are refused.
+    # A model that is wrapped, for distributed training say, does not show its modules; its features are refused later.
     if hasattr(model, "__getitem__") and has_static_embedding_input(model):
         raise ValueError(
             f"{owner} cannot split the inputs of a model with a StaticEmbedding into mini-batches, and such a model "
@@ -37,22 +42,30 @@ def check_splits(owner: str, model: Any, instead: str) -> None:
 
 
 class GradientCached:
-    """Our gradient cache in the place of stock's; a base before that of stock.
+    """Is a base of every loss with a gradient cache. It stands before stock's class among the bases.
 
-    The options are those of :class:`~sbert_kernels.gradcache.options.Options`, read off the loss at each call. What
-    they mean for encoders whose rows depend on each other, or on their padding, stands there.
+    The attributes ``mini_batch_size``, ``mini_batch_num_tokens``, ``show_progress_bar``, ``packing``, ``unique_rows``
+    and ``activation_budget`` are the options of the cache, read at each call;
+    :class:`~sbert_kernels.gradcache.options.Options` explains them, also for encoders whose rows depend on each other.
     """
 
+    # What the class that it is mixed into has.
     model: Any
-    mini_batch_size: int
+    mini_batch_size: Any  # int | None; stock's annotation leaves the None out
     mini_batch_num_tokens: int | None
     show_progress_bar: bool
+    calculate_loss: Any  # the loss stage; its arguments differ from class to class
+    embed_minibatch: Any  # stock's; a user's version of it is called
+
     packing: str = "length"
     unique_rows: bool = False
     activation_budget: int | str | None = None
 
     def _set_cache_options(self, packing: str, unique_rows: bool, activation_budget: int | str | None) -> None:
-        """Those that stock does not have; to be called when the others are set. Numbers become ints."""
+        """Sets the options that stock does not have, then checks all of them; numbers become ints.
+
+        To be called when the options that stock has too are set.
+        """
         self.packing = packing
         self.unique_rows = unique_rows
         self.activation_budget = activation_budget
@@ -62,7 +75,7 @@ class GradientCached:
         self.activation_budget = options.activation_budget
 
     def cache_options(self) -> Options:
-        """The options as they are now, checked."""
+        """Returns the options as they are now, checked."""
         return Options(
             mini_batch_size=self.mini_batch_size,
             mini_batch_num_tokens=self.mini_batch_num_tokens,
@@ -73,20 +86,23 @@ class GradientCached:
         )
 
     def forward_cached(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, whose backward pass embeds the batch once more; see stock."""
+        """Returns the loss () of a batch; its backward pass embeds the batch once more. Stock has this method too."""
         return self.run_cached(
             sentence_features,
             lambda columns, **backward: self.calculate_loss([[c] for c in columns], labels, **backward),
         )
 
     def run_cached(self, sentence_features: Iterable[dict[str, Tensor]], stage: Callable[..., Tensor]) -> Tensor:
-        """:func:`~sbert_kernels.gradcache.engine.cached_loss` of this loss's columns, options and encoder.
+        """Returns the loss () of a batch, as :func:`~sbert_kernels.gradcache.engine.cached_loss` computes it.
 
         Args:
-            stage: Of the columns that :meth:`embed_rows` returns; gets ``with_backward=True`` if gradients are enabled.
+            sentence_features: The features of each column.
+            stage: ``stage(*outputs)`` returns the loss. Each of the outputs is what :meth:`embed_rows` returns at that
+                position, for every column: a list of tensors [B, ...]. If gradients are enabled it is also given
+                ``with_backward=True``.
 
         Raises:
-            TypeError: an ``embed_minibatch_iter`` of the user's, which nothing here calls.
+            TypeError: The user has overridden ``embed_minibatch_iter``, which nothing here calls.
         """
         if self._overridden("embed_minibatch_iter"):
             raise TypeError(
@@ -110,11 +126,23 @@ class GradientCached:
         )
 
     def embed_rows(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
-        """The embeddings [n, D] of a mini-batch, and in the first pass what else the loss stage needs of its rows."""
+        """Returns the embeddings [n, D] of a mini-batch, and behind them what else the loss needs of its rows.
+
+        Args:
+            mini_batch: The rows.
+            first: True in the first pass. In the second pass only the embeddings are needed.
+        """
         return [self.model(mini_batch.features())["sentence_embedding"]]
 
     def on_stock_engine(self, scale: Any) -> bool:
-        """Whether stock's gradient cache has to run, of a loss that is one of stock's with that (learnable) scale."""
+        """Returns True if a loss that stock has must run on stock's gradient cache. One logged line says why.
+
+        Args:
+            scale: The loss's scale or temperature.
+
+        Raises:
+            ValueError: It must, but its scale is learnable, which stock's cache does not train right.
+        """
         if settings.get("disable"):
             return True
         if not self._overridden("embed_minibatch_iter"):
@@ -132,14 +160,17 @@ class GradientCached:
         return True
 
     def _embed_through_override(self, mini_batch: MiniBatch, first: bool) -> Sequence[Tensor]:
-        if mini_batch.pool.listed:
+        """Returns what :meth:`embed_rows` does, from the user's own ``embed_minibatch``."""
+        pool = mini_batch.pool
+        assert isinstance(pool, Sliced)  # _in_stock_order has asked for that
+        if pool.listed:
             log_once(
                 logger,
-                f"{type(self).__name__} hands {sorted(mini_batch.pool.listed)}, which are no tensors, whole to every "
+                f"{type(self).__name__} hands {sorted(pool.listed)}, which are no tensors, whole to every "
                 "mini-batch, as sentence-transformers does: its embed_minibatch was overridden, and has to cut them.",
             )
         embeddings, *more, _ = self.embed_minibatch(
-            sentence_feature=mini_batch.pool.features,
+            sentence_feature=pool.features,
             begin=int(mini_batch.rows[0]),
             end=int(mini_batch.rows[-1]) + 1,
             with_grad=torch.is_grad_enabled(),
@@ -149,7 +180,8 @@ class GradientCached:
         return [embeddings, *more] if first else [embeddings]
 
     def _in_stock_order(self, options: Options) -> Options:
-        # A method that was told to make a graph may leave out what only the first pass needs.
+        """Returns the options without those that a user's own ``embed_minibatch`` does not allow, with one log line."""
+        # Nothing is kept: a method that is told to make a graph may leave out what only the first pass needs.
         left = replace(options, packing="none", unique_rows=False, activation_budget=0)
         if left != replace(options, activation_budget=options.activation_budget or 0):
             log_once(
@@ -160,11 +192,11 @@ class GradientCached:
         return left
 
     def _overridden(self, name: str) -> bool:
-        """Whether a method of stock's was replaced, on the object, by a subclass or in stock's own class."""
+        """Returns True if a method of stock's was replaced: on the object, by a subclass or in stock's own class."""
         if name in vars(self):
             return True
         owner = next(cls for cls in type(self).__mro__ if name in vars(cls))
-        # A function that wraps stock's (functools.wraps) says that it is from there, hence the class as well.
+        # Both are asked: a function that wraps stock's (functools.wraps) says that it comes from stock's module.
         return any(
             not str(found.__module__).startswith("sentence_transformers.") for found in (owner, vars(owner)[name])
         )

@@ -1,14 +1,14 @@
-"""Features that are no tensors: which of them have one entry a row, and how these go with their rows.
+"""Finds the features that are no tensors and have one entry for each row, and cuts and joins them as the rows are.
 
-Input modules of users put texts, spans or images of different sizes beside the tensors, as Python lists. A list, a
-tuple or an array with as many entries as its column has rows has one a row, and is cut and put in order as the rows
-are. Everything else belongs to all rows and is handed on as it is. Rows that hide deeper inside are refused by name.
+A user's own input module may put texts, spans or images of different sizes beside the tensors, as Python lists. A list,
+a tuple or an array with as many entries as its column has rows has one entry for each row. Everything else belongs to
+all rows, and is handed on as it is. What may hold rows deeper inside is refused by name.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -16,26 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What sentence-transformers itself says of all rows, whatever form it takes: a pair of modalities is no pair of rows.
+# Keys of sentence-transformers whose values belong to all rows in any form: a pair of modalities is no pair of rows.
 OF_ALL_ROWS = frozenset({"prompt_length", "task", "modality"})
 
 
 def listed(features: Mapping[str, Any], rows: int, column: int) -> frozenset[str]:
-    """The keys of the features that are no tensors and have one entry a row.
+    """Returns the keys of the features that are no tensors and have one entry for each row.
 
     Args:
-        features: Those of one column of the batch, with so many rows.
-        column: Its position, for messages.
+        features: The features of one column of the batch.
+        rows: The number of rows of the column.
+        column: The position of the column, for messages.
 
     Raises:
-        ValueError: a feature that may have one entry a row, but in a way not known here.
+        ValueError: A feature may have one entry for each row, but in a form that cannot be cut.
     """
     found = set()
     for key, value in features.items():
         if isinstance(value, Tensor) or key in OF_ALL_ROWS:
             continue
         if _is_sequence(value) and len(value) == rows:
-            # As many layers as there are rows, say, and in each of them tensors of all rows.
+            # It may also be a list of as many layers as there are rows, each with tensors of all rows.
             doubtful = _is_container(value[0]) and _hides_rows(value[0], rows, tensors_only=True)
             found.add(key)
         else:
@@ -51,15 +52,15 @@ def listed(features: Mapping[str, Any], rows: int, column: int) -> frozenset[str
 
 
 def take(value: Any, rows: np.ndarray) -> Any:
-    """Some entries of a listed feature: the same type, and nothing that a module writes into reaches the batch."""
+    """Returns the entries of some rows, in the same type and as copies: a module may write into what it is given."""
     if isinstance(value, np.ndarray):
         return value[rows]
     entries = [_own(value[row]) for row in rows.tolist()]
     return tuple(entries) if isinstance(value, tuple) else entries
 
 
-def join(parts: Sequence[Any]) -> Any:
-    """Tensors, arrays, lists or tuples, all of one kind, end to end."""
+def join(parts: list[Any]) -> Any:
+    """Returns tensors, arrays, lists or tuples, all of one kind, joined end to end."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Tensor):
@@ -71,21 +72,21 @@ def join(parts: Sequence[Any]) -> Any:
 
 
 def alike(ours: Any, theirs: Any) -> bool:
-    """Whether two listed features can be joined without changing their entries."""
+    """Returns True if two such features can be joined without changing their entries."""
     if isinstance(ours, np.ndarray) and isinstance(theirs, np.ndarray):
         return ours.dtype == theirs.dtype and ours.shape[1:] == theirs.shape[1:]
     return type(ours) is type(theirs)
 
 
 def as_bytes(value: Any, row: int) -> bytes:
-    """An entry of a listed feature; entries with equal bytes are equal."""
+    """Returns bytes for the entry of a row, so that entries with equal bytes are equal."""
     entry = value[row]
     if isinstance(entry, Tensor):
         content = entry.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
         entry = (str(entry.dtype), tuple(entry.shape), content)
     try:
         return pickle.dumps(entry)
-    except Exception:  # whatever an object of the user's raises: it then equals no other
+    except Exception:  # an object of the user's may raise anything; it then counts as equal to no other
         return f"{id(value)}, {row}".encode()
 
 
@@ -94,7 +95,7 @@ def _own(entry: Any) -> Any:
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether this is what may have one entry a row: shapes and records are lists of something else."""
+    """Returns True for a list, a tuple or an array with dimensions. Shapes and named tuples do not list rows."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     record = isinstance(value, torch.Size) or hasattr(value, "_fields")
@@ -106,13 +107,13 @@ def _is_container(value: Any) -> bool:
 
 
 def _is_other_sequence(value: Any) -> bool:
-    """Whether this has entries in an order that a mini-batch cannot be cut from here: a Series, a deque, a range."""
+    """Returns True for other types with entries in an order, which are not cut here: a Series, a deque, a range."""
     known = (str, bytes, bytearray, AbstractSet, Mapping, list, tuple, np.ndarray)
     return isinstance(value, Sized) and hasattr(value, "__getitem__") and not isinstance(value, known)
 
 
 def _hides_rows(value: Any, rows: int, tensors_only: bool = False) -> bool:
-    """Whether a container holds, at any depth, something with as many entries as there are rows."""
+    """Returns True if a container holds, at any depth, something with as many entries as there are rows."""
     if not _is_container(value):
         return False
     for inner in value.values() if isinstance(value, Mapping) else value:

@@ -1,4 +1,4 @@
-"""The loss between the two passes: back-propagated to the embeddings, and no further."""
+"""Propagates the gradient of a loss back to the embeddings and no further, between the two passes of a cache."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from ..values import without_autocast
 
 
 def backward_to_embeddings(loss: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
-    """Back-propagate a loss up to its embeddings; return it detached from them.
+    """Propagates the gradient of a loss back to its embeddings, and returns the loss detached from them.
 
-    Embeddings that are leaves find their gradient in ``.grad``; to others it goes on into the caller's graph. The loss
-    returned still carries the gradients of whatever else it was made of that is learnable (a scale, a weight), which
-    must not be accumulated here: what multiplies the loss is not known yet.
+    An embedding that is a leaf has its gradient in ``.grad`` afterwards; from any other it goes on into the caller's
+    graph. The loss that is returned still carries the gradients of everything else in it that is learned (a scale, a
+    weight). These are not accumulated here, because what multiplies the loss later is not known yet.
+
+    Args:
+        loss: ().
+        embeddings: The embeddings, [n, ...] each.
     """
     wanted = [embedding for embedding in embeddings if embedding.requires_grad]
     ids = {id(embedding) for embedding in wanted}
     own = [leaf for leaf in leaves_of(loss, {rep.grad_fn for rep in wanted}) if id(leaf) not in ids]
     if not wanted and not own:
-        loss.backward()  # torch says what is missing
-    # The caller's autocast is for forward passes: here it would cast products that the loss has computed in fp32.
+        loss.backward()  # raises torch's own error
+    # The caller's autocast is meant for forward passes; here it would cast products that the loss computed in float32.
     with without_autocast(loss.device):
         gradients = torch.autograd.grad(loss, [*wanted, *own], allow_unused=True)
     found = [(rep, gradient) for rep, gradient in zip(wanted, gradients, strict=False) if gradient is not None]
     if found:
-        torch.autograd.backward(*map(list, zip(*found, strict=True)))
+        torch.autograd.backward([rep for rep, _ in found], [gradient for _, gradient in found])
     loss = loss.detach()
     for leaf, gradient in zip(own, gradients[len(wanted) :], strict=True):
         if gradient is not None:
@@ -37,13 +41,13 @@ def backward_to_embeddings(loss: Tensor, embeddings: Sequence[Tensor]) -> Tensor
 
 
 def leaves_of(loss: Tensor, ends: Collection[Node | None] = ()) -> list[Tensor]:
-    """The leaves that a backward pass of a loss would reach, not going through the nodes ``ends``."""
+    """Returns the leaves that a backward pass of a loss would reach, not going through the nodes ``ends``."""
     leaves: dict[int, Tensor] = {}
-    seen = {None, *ends}
+    seen = set(ends)
     nodes = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
