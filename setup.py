@@ -60,7 +60,7 @@ class BuildLibrary(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tagged by what is inside: a library needs its platform but no particular Python."""
+    """Tags the wheel by what is inside: a library needs its platform but no particular Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Returns the tag of the wheel: "any" where it holds no library."""

@@ -33,7 +33,7 @@ LOSS_FACTOR = 1024.0
 
 @dataclass(frozen=True)
 class Format:
-    """Type of the embeddings, and how the operation multiplies them; None leaves that to the library."""
+    """Names the type of the embeddings, and how the operation multiplies them; None leaves that to the library."""
 
     name: str
     dtype: torch.dtype

@@ -48,7 +48,7 @@ FMA = re.compile(r"\b(FFMA2?|v_(?:pk_)?fmac?_f32|v_dot\w*)[\w.]*")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What is known of a kernel once it is compiled for a target."""
+    """Holds what is known of a kernel once it is compiled for a target."""
 
     target: str
     kernel: str
@@ -73,7 +73,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be: spills, more shared memory than there is, products off the tensor cores."""
+        """Returns the faults: spills, more shared memory than there is, products off the tensor cores."""
         arch = TARGETS[self.target][1]
         faults = []
         if self.spills:
@@ -88,7 +88,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem that dispatch may meet."""
+    """Describes a problem that dispatch may meet."""
 
     name: str
     strategies: tuple[str, ...] = ("tiled", "chunked")
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def summary_rows(kernels: list[Compiled]) -> Iterator[dict[str, Any]]:
-    """A row for each target, kernel and kind of products: the extremes over its variants."""
+    """Yields a row for each target, kernel and kind of products: the extremes over its variants."""
     groups: dict[tuple[str, ...], list[Compiled]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.target, kernel.kernel, kernel.products), []).append(kernel)
@@ -187,7 +187,7 @@ def summary_rows(kernels: list[Compiled]) -> Iterator[dict[str, Any]]:
 
 
 def problem_of(case: Case, dtype: torch.dtype, dim: int, rows: int = 8192) -> Any:
-    """A contrastive problem without memory."""
+    """Returns a contrastive problem whose tensors have no memory."""
     from sbert_kernels.problems.contrastive import ContrastiveProblem, ContrastiveSpec
     from sbert_kernels.problems.scale import Scale
 
@@ -213,11 +213,11 @@ def problem_of(case: Case, dtype: torch.dtype, dim: int, rows: int = 8192) -> An
 
 
 def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
-    """(what it serves, launch) of everything that dispatch would start for the cases on a target, each once."""
+    """Yields (what it serves, launch) of all that dispatch would start for the cases on a target, each once."""
     from sbert_kernels.backends.triton import contrastive, launching
     from sbert_kernels.problems.contrastive import Needs
 
-    seen = set()
+    seen: set[Any] = set()
     for kind, (dtype, products) in KINDS.items():
         if quick and kind != "bfloat16":
             continue
@@ -240,7 +240,7 @@ def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _others(seen: set[Any], target: str, quick: bool) -> Iterator[tuple[str, Any]]:
-    """The launches of the operations on pairs."""
+    """Yields the launches of the operations on pairs."""
     from sbert_kernels.backends.triton import launching, pairwise, ranking
     from sbert_kernels.problems.pairwise import SIMILARITIES, PairwiseProblem
     from sbert_kernels.problems.ranking import Needs, RankingProblem
@@ -282,7 +282,7 @@ def _once(seen: set[Any], serves: str, launch: Any) -> Iterator[tuple[str, Any]]
 
 
 def compile_all(targets: list[str], quick: bool, workers: int) -> list[Compiled]:
-    """Every kernel for every target, in processes of their own, in which Triton's interpreter is off."""
+    """Compiles every kernel for every target, in processes of their own, in which Triton's interpreter is off."""
     shares = [(target, quick, part, workers) for target in targets for part in range(workers)]
     environment = os.environ.pop("TRITON_INTERPRET", None)
     try:
@@ -303,7 +303,7 @@ def _compile_share(share: tuple[str, bool, int, int]) -> list[Compiled]:
 
 
 def compiled(target: str, serves: str, launch: Any) -> Compiled:
-    """A launch, compiled as Triton's launcher does on that target."""
+    """Compiles a launch as Triton's launcher does on that target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -414,7 +414,7 @@ def _occupancy(arch: int | str, registers: int, shared: int, threads: int) -> fl
 
 
 def _hottest_loop(text: str) -> str:
-    """The stretch from a label to a branch back to it that holds the most tensor-core instructions a line, or FMA."""
+    """Returns the lines from a label to a branch back to it that hold the most tensor-core instructions, or FMA."""
     lines = text.splitlines()
     labels = {}
     best, best_score = "", 0.0

@@ -70,7 +70,7 @@ def facts() -> dict[str, Any]:
         "ram_gib": _ram_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "sentence-transformers", "triton")},
+        **{name: version(name) for name in ("sbert-kernels", "torch", "sentence-transformers", "triton")},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 

@@ -42,6 +42,7 @@ def test_the_numbers_of_the_picture_are_among_the_results() -> None:
 
 def test_a_commit_in_the_results_is_one_and_the_date_a_date() -> None:
     for result in read(RESULTS):
+        assert result.commit is not None
         assert re.fullmatch(r"[0-9a-f]{12}", result.commit), result.name
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", result.date), result.name
 
@@ -49,12 +50,14 @@ def test_a_commit_in_the_results_is_one_and_the_date_a_date() -> None:
 def test_a_row_that_ours_loses_is_shown_like_any_other(tmp_path: Path) -> None:
     write(tmp_path / "some-machine", "contrastive")
     write(tmp_path / "some-machine", "ranking", remark="a remark")
+    write(tmp_path / "some-machine", "objective", commit=None, machine=MACHINE | {"sbert-kernels": "0.1.0"})
     text = page.render(read(tmp_path))
     assert "## some-machine\n\nA CPU (AVX2), 2 threads on 4 cores; 8.0 GiB RAM; torch 2.9.0.\n" in text
     assert "| case | stock ms | ours ms | stock / ours |\n" in text
     assert "| mnr N=8192 D=384 | 20 | 25 | 0.8 |\n" in text
     assert "`python -m sbert_kernels bench contrastive --large`" in text
     assert "*`some-machine/contrastive.json`, commit `abc`, 2026-01-02.*" in text
+    assert "*`some-machine/objective.json`, version 0.1.0, 2026-01-02.*" in text
     assert "*`some-machine/ranking.json`, commit `abc`, 2026-01-02; a remark.*" in text
 
 

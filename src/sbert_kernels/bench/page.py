@@ -99,7 +99,8 @@ def _machine_text(machine: Mapping[str, Any]) -> str:
 
 def _origin(result: Result) -> str:
     """Returns where a table comes from."""
-    parts = [f"`{result.folder}/{result.name}.json`, commit `{result.commit}`, {result.date}"]
+    code = f"commit `{result.commit}`" if result.commit else f"version {result.machine.get('sbert-kernels')}"
+    parts = [f"`{result.folder}/{result.name}.json`, {code}, {result.date}"]
     parts += [str(result.machine["data"])] if "data" in result.machine else []
     parts += [result.remark] if result.remark else []
     return f"*{'; '.join(parts)}.*"

@@ -132,7 +132,7 @@ def given_scores(x: Tensor, _: Tensor) -> Tensor:
 
 
 def make_loss(library: str, case: Case) -> nn.Module:
-    """The loss of the case out of a library (the name of a module), on a model that returns its inputs."""
+    """Returns the loss of the case out of a library (the name of a module), on a model that returns its inputs."""
     if library == OURS and case.dim is None:
         return Ranked()
     if library == OURS and len(case.losses) > 1:

@@ -25,7 +25,7 @@ class Result:
     folder: str
     name: str
     title: str
-    commit: str
+    commit: str | None  # None: it did not run from a clone
     date: str
     machine: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]

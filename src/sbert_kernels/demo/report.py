@@ -72,7 +72,8 @@ def print_plan(options: Options, comparison: str, model: SentenceTransformer, st
     _print(
         "Plan",
         f"{options.compare_steps} steps from the same seed with {comparison}, each in a process of its own; then "
-        f"{steps} steps of training with ours; {options.batch_size:,} pairs a step",
+        f"{steps} steps of training with ours; {options.batch_size:,} pairs a step"
+        + (", of texts that are tokenized once, before the first step" if options.model == "static" else ""),
     )
 
 
