@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 # Only a build without isolation can meet an older one; it would stop at the next line, or at the license's form.
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -38,9 +38,11 @@ class BuildLibrary(build_ext):
     """Compiles as the first use does, into a file whose name says what it was built for."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        """Returns the file's path below the build folder."""
         return os.path.join(*fullname.split(".")[:-1], extension.prebuilt_name())
 
     def build_extension(self, ext: Extension) -> None:
+        """Compiles the library; raises CompileError with the reason on one line."""
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         remove_libraries(library.parent)
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,8 @@ class BuildLibrary(build_ext):
         except extension.BuildError as error:
             raise CompileError(f"{error} (full log: {log})") from None
 
-    def copy_extensions_to_source(self) -> None:  # an editable install
+    def copy_extensions_to_source(self) -> None:
+        """Puts the library beside the sources, for an editable install."""
         remove_libraries(extension.PACKAGE)
         super().copy_extensions_to_source()
 
@@ -60,6 +63,7 @@ class Wheel(bdist_wheel):
     """Tagged by what is inside: a library needs its platform but no particular Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Returns the tag of the wheel: "any" where it holds no library."""
         self.root_is_pure = not any(
             Path(self.get_finalized_command("build_ext").build_lib).glob("sbert_kernels/_cpu-*")
         )
@@ -76,6 +80,7 @@ if why_not is not None:
     print(f"sbert-kernels: built without the CPU kernels, they are compiled on first use: {why_not}.")
 
 setup(
+    packages=[*find_packages("src"), "sbert_kernels.csrc"],
     # An optional extension that fails to compile is left out with a warning.
     ext_modules=[] if why_not else [Extension("sbert_kernels._cpu", sources=[], optional=mode != "1")],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},

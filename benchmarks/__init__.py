@@ -1,1 +1,1 @@
-"""Microbenchmarks of the kernels: one subject a file, all on the one harness."""
+"""Studies that developers run from a clone, as ``python -m benchmarks.aot``; results/ holds what was measured."""

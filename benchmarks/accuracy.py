@@ -5,7 +5,7 @@ batches, of |x - exact| / |exact| in the Euclidean norm. `exact` is eager torch 
 embeddings. The last rows are well-trained batches (p = 0.999 of the positives), where the gradient is of the size of a
 bfloat16 rounding of p.
 
-    python benchmarks/accuracy.py     or     python -m sbert_kernels bench accuracy
+    python -m benchmarks.accuracy [--quick]
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sbert_kernels import contrastive_loss, settings
-from sbert_kernels.benchmarks import harness
+from sbert_kernels import contrastive_loss, machine, settings
+from sbert_kernels.bench import arguments, harness
+from sbert_kernels.bench.report import Chart, Report
 
 BATCH, DIM = 512, 384
 QUICK_BATCH = 128
@@ -50,19 +51,19 @@ FORMATS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options to a parser."""
-    harness.add_arguments(parser, quick=f"batches of {QUICK_BATCH}", repeats=5)
+    arguments.add_arguments(parser, quick=f"batches of {QUICK_BATCH}", repeats=5)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, writes the report."""
     harness.begin(args)
     rows = QUICK_BATCH if args.quick else BATCH
-    report = harness.Report(
+    report = Report(
         f"Contrastive loss: errors against float64, N={rows} D={DIM}{', quick run' if args.quick else ''}",
         "accuracy",
-        harness.machine(),
-        harness.machine_line(torch.float32),
-        charts=(harness.Chart("error of the query gradients", {"ours": "ours dQ", "eager": "eager dQ"}),),
+        machine.facts(),
+        machine.line(torch.float32),
+        charts=(Chart("error of the query gradients", {"ours": "ours dQ", "eager": "eager dQ"}),),
     )
     cases = [("hard", scale, number) for number in FORMATS for scale in SCALES]
     cases += [("p = 0.999", 20.0, number) for number in FORMATS]

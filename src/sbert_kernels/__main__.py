@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__
+from . import __version__, demo
+from .bench import command as bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Runs the command line and returns the exit status. Arguments are parsed before torch is imported."""
     parser = argparse.ArgumentParser(prog="python -m sbert_kernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"sbert-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | bench")
@@ -18,43 +19,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="versions, device, and which backend serves which operation, and why")
     info.set_defaults(run=_info)
 
-    from . import demo
-
     trainer = commands.add_parser("demo", help="train a real model on real text, stock losses beside the fused ones")
     demo.add_arguments(trainer)
     trainer.set_defaults(run=demo.run)
 
-    bench = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
-    metavar = "contrastive | ranking | objective | accuracy | training | gradcache | aot | gpu"
-    subjects = bench.add_subparsers(dest="subject", required=True, metavar=metavar)
-    from .benchmarks import accuracy, aot_report, contrastive, gpu, gradcache, objective, ranking, training
-
-    for module, text in (
-        (contrastive, "the in-batch-negatives losses, from embeddings to gradients"),
-        (ranking, "the ranking losses CoSENT and AnglE, from embeddings to gradients"),
-        (objective, "AnglE's whole objective on a model, against the sum of three stock losses"),
-        (accuracy, "errors of the contrastive loss and its gradients in every number format"),
-        (training, "whole training steps of a static-embedding model, and what they are made of"),
-        (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
-        (aot_report, "what the compiler makes of the Triton kernels for each kind of GPU, without one"),
-        (gpu, "the Triton kernels on one GPU: parity, time, memory, peers and targets"),
-    ):
-        subject = subjects.add_parser(module.__name__.rpartition(".")[2].removesuffix("_report"), help=text)
-        module.add_arguments(subject)
-        subject.set_defaults(run=module.run)
+    measure = commands.add_parser("bench", help="parity, time and memory of an operation against its peers")
+    bench.add_arguments(measure)
 
     arguments = parser.parse_args(argv)
     return arguments.run(arguments) or 0
 
 
 def _info(_: argparse.Namespace) -> int:
+    """Prints the facts about this machine, the backends of each operation, and the settings."""
     import torch
 
-    from . import backends, extension, settings
-    from .benchmarks.harness import machine
+    from . import backends, extension, machine, settings
 
     print(f"sbert-kernels {__version__}")
-    for key, value in machine().items():
+    for key, value in machine.facts().items():
         print(f"  {key}: {value}")
     print(f"  compiled CPU kernels: {extension.describe()}")
     if extension.load() is None:
@@ -75,7 +58,7 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _cpu_precisions() -> str:
-    """The ways in which the compiled kernels can multiply here, and why no others."""
+    """Returns the ways in which the compiled kernels can multiply on this CPU, and why there are no others."""
     from .backends.cpu.contrastive import MatmulPrecision, bfloat16_instructions, why_not_precision
 
     there = ", ".join(precision.name.lower() for precision in MatmulPrecision if why_not_precision(precision) is None)
@@ -84,7 +67,7 @@ def _cpu_precisions() -> str:
 
 
 def _print_choice(operation: str, device: str, where: str) -> None:
-    """Which backend serves an operation on a device, and of each other one, what keeps it from doing so."""
+    """Prints which backend serves an operation on a device, and for each other one why it does not."""
     from . import backends
 
     try:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sbert_kernels import contrastive_loss, use_backend
+from sbert_kernels import contrastive_loss, machine, use_backend
 from sbert_kernels import settings as library
-from sbert_kernels.benchmarks import harness
 from support.contrastive import memory_step
 
 
@@ -49,6 +48,6 @@ def test_block_size_does_not_change_the_result() -> None:
 def test_memory_is_a_block_and_some_copies_of_the_inputs(matryoshka_dims: tuple[int, ...] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB; a block is 32 MiB and an operand 3. More prefixes take no more."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(memory_step, n, dim, "blockwise", matryoshka_dims)
+    result = machine.run_in_process(memory_step, n, dim, "blockwise", matryoshka_dims)
     assert result.value is True
     assert result.peak_extra_bytes < (32 + 8 * 3 + 16) * library.MIB

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbert_kernels import contrastive_loss, use_backend
+from sbert_kernels import contrastive_loss, machine, use_backend
 from sbert_kernels import settings as library
 from sbert_kernels.backends.cpu import contrastive as cpu
 from sbert_kernels.backends.cpu.contrastive import MatmulPrecision
-from sbert_kernels.benchmarks import harness
 from support.contrastive import ALL_DIRECTIONS, eager, loss_and_gradients, memory_step
 from support.numbers import relative_errors
 
@@ -411,6 +410,6 @@ def test_memory_is_a_block_and_the_gradients(dims: list[int] | None) -> None:
     """N x N fp32 logits alone would take 576 MiB. In float32 there are no copies of the inputs, and in no format of the
     gradients of 3 MiB."""
     n, dim = 12_288, 64
-    result = harness.run_in_process(memory_step, n, dim, "cpu", dims)
+    result = machine.run_in_process(memory_step, n, dim, "cpu", dims)
     assert result.value is True
     assert result.peak_extra_bytes < cpu.LARGEST_BLOCK_BYTES + (2 * 3 + 6) * library.MIB

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import accuracy
 from sbert_kernels.backends.cpu import contrastive as cpu
-from sbert_kernels.benchmarks import accuracy
 
 
 def test_errors_are_those_of_the_formats(tmp_path: Path, compiled: None) -> None:

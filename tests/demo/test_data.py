@@ -1,4 +1,4 @@
-"""The demo's text pairs: docstrings of a made-up package, the split, and the user's own files."""
+"""The demo's text pairs: the split, and the user's own files."""
 
 from __future__ import annotations
 
@@ -9,115 +9,7 @@ import pandas
 import pytest
 
 from sbert_kernels.demo import data
-from sbert_kernels.demo.options import DemoError
-
-BODY = "It takes whatever it is given and says in {} how that was done, in more than forty characters."
-MODULE = f'''"""Summary of the module,
-on two lines.
-
-{BODY.format("the module")}
-"""
-
-def top(x):
-    """Summary of a function.
-
-    {BODY.format("a function")}
-
-    >>> top(1)
-    1
-    """
-
-    def inner():
-        """Summary of what is within.
-
-        {BODY.format("the inner one")}
-        """
-
-class Thing:
-    r"""Summary of some class.
-
-    {BODY.format("a class")}
-    """
-
-    async def method(self):
-        """Summary of a coroutine.
-
-        {BODY.format("a coroutine")}
-        """
-
-if True:
-    def guarded():
-        """Summary of a guarded one.
-
-        {BODY.format("a branch")}
-        """
-'''
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "made_up_package"
-    folder.mkdir()
-    (folder / "__init__.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return folder
-
-
-def pairs_of(*names: str) -> data.Pairs:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "LEAST_PAIRS", 1)
-        return data.docstring_pairs(names)
-
-
-def test_every_kind_of_docstring_is_found(package: Path):
-    found = dict(pairs_of("made_up_package").pairs)
-    assert set(found) == {
-        "Summary of the module, on two lines.",
-        "Summary of a function.",
-        "Summary of what is within.",
-        "Summary of some class.",
-        "Summary of a coroutine.",
-        "Summary of a guarded one.",
-    }
-    assert found["Summary of a function."] == BODY.format("a function")  # dedented, without its doctest
-
-
-def test_a_package_is_not_imported(package: Path):
-    (package / "__init__.py").write_text(MODULE + "\nraise RuntimeError('imported')\n")
-    assert len(pairs_of("made_up_package").pairs) == 6
-
-
-def test_what_is_left_out_is_counted(package: Path):
-    (package / "bad.py").write_text('"""A docstring."""\ndef (:\n')
-    (package / "copy.py").write_text(MODULE)
-    (package / "doctest.py").write_text('"""Summary of a page of doctests.\n\n>>> 1 + 1\n2\n\n>>> 2 + 2\n4\n"""\n')
-    (package / "tests").mkdir()
-    (package / "tests" / "test_it.py").write_text(MODULE.replace("Summary", "Test"))
-    found = pairs_of("made_up_package", "a_package_that_is_not_installed")
-    assert found.counts == {"made_up_package": 6}
-    assert found.left_out == {"files that do not parse": 1, "too short": 1, "duplicate": 6}
-
-
-def test_files_may_be_read_by_several_processes(package: Path, monkeypatch: pytest.MonkeyPatch):
-    paths = sorted(package.glob("*.py")) * 4
-    alone = list(data._read_all(paths))
-    monkeypatch.setattr(data, "FILES_PER_WORKER", 2)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
-    assert data._read_all(paths) == alone
-
-
-def test_a_long_body_is_cut():
-    _, body = data.as_pair("A summary that is long enough.\n\n" + "word " * 1000)
-    assert len(body) == data.BODY_CHARACTERS[1]
-
-
-@pytest.mark.parametrize(
-    "docstring",
-    ["", "Only a summary, though a long one.", "Short.\n\n" + BODY, "A summary that is long enough.\n\nNo."],
-)
-def test_docstrings_that_say_too_little(docstring: str):
-    assert data.as_pair(docstring) is None
-
+from sbert_kernels.workloads.requirements import UserError
 
 PAIRS = [(f"query {i}", f"text {i}") for i in range(200)]
 
@@ -174,7 +66,7 @@ def test_empty_and_duplicate_rows_are_counted(tmp_path: Path):
     ],
 )
 def test_columns_that_cannot_serve(tmp_path: Path, columns: tuple[str, str], message: str):
-    with pytest.raises(DemoError, match=message):
+    with pytest.raises(UserError, match=message):
         data.file_pairs(write(FRAME, tmp_path / "pairs.csv"), columns)
 
 
@@ -199,7 +91,7 @@ def test_scored_pairs(tmp_path: Path):
 
 def test_a_column_of_scores_holds_numbers(tmp_path: Path):
     path = write(SCORED.assign(score="high"), tmp_path / "words.csv")
-    with pytest.raises(DemoError, match=r"column 'score' of words\.csv does not hold numbers"):
+    with pytest.raises(UserError, match=r"column 'score' of words\.csv does not hold numbers"):
         data.file_pairs(path, ("question", "answer", "score"))
 
 
@@ -215,21 +107,21 @@ def test_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert data.hub_pairs("some/pairs:train-me", None).pairs == data.hub_pairs("some/pairs", None).pairs
     assert asked == [("some/pairs", "train-me", "train"), ("some/pairs", None, "train")]
-    with pytest.raises(DemoError, match="--dataset: some/missing could not be loaded, which needs a network"):
+    with pytest.raises(UserError, match="--dataset: some/missing could not be loaded, which needs a network"):
         data.hub_pairs("some/missing", None)
 
 
 def test_files_that_cannot_serve(tmp_path: Path):
-    with pytest.raises(DemoError, match="there is no file"):
+    with pytest.raises(UserError, match="there is no file"):
         data.file_pairs(tmp_path / "missing.csv", None)
-    with pytest.raises(DemoError, match=r"pairs\.txt, wanted a file that ends in one of \.csv, \.jsonl, \.parquet"):
+    with pytest.raises(UserError, match=r"pairs\.txt, wanted a file that ends in one of \.csv, \.jsonl, \.parquet"):
         data.file_pairs(tmp_path / "pairs.txt", None)
     (tmp_path / "broken.parquet").write_text("not a table")
-    with pytest.raises(DemoError, match=r"cannot be read as \.parquet"):
+    with pytest.raises(UserError, match=r"cannot be read as \.parquet"):
         data.file_pairs(tmp_path / "broken.parquet", None)
     with pytest.raises(
-        DemoError, match=r"two columns of text in one\.csv, found \['question'\] of \['id', 'question'\]"
+        UserError, match=r"two columns of text in one\.csv, found \['question'\] of \['id', 'question'\]"
     ):
         data.file_pairs(write(FRAME[["id", "question"]], tmp_path / "one.csv"), None)
-    with pytest.raises(DemoError, match="at least 20 text pairs, found 5"):
+    with pytest.raises(UserError, match="at least 20 text pairs, found 5"):
         data.file_pairs(write(FRAME[:5], tmp_path / "few.csv"), None)

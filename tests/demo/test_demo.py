@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from sbert_kernels import demo
-from sbert_kernels.benchmarks import harness
-from sbert_kernels.demo.options import DEFAULTS, MODELS, STATIC_DIM, DemoError, Options
+from sbert_kernels import demo, machine
+from sbert_kernels.demo.options import DEFAULTS, MODELS, Options
+from sbert_kernels.workloads import requirements
+from sbert_kernels.workloads.recipes import STATIC_DIM
+from sbert_kernels.workloads.requirements import UserError
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -23,11 +25,11 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("objective", list(DEFAULTS))
-def test_defaults_follow_the_objective_and_the_model(objective: str, model: str):
-    scores = ["--data", "scored.csv", "--columns", "a,b,score"] if objective == "angle" else []
-    options = Options.from_arguments(parse("--objective", objective, "--model", model, *scores))
-    defaults = DEFAULTS[objective][model]
+@pytest.mark.parametrize("loss", list(DEFAULTS))
+def test_defaults_follow_the_loss_and_the_model(loss: str, model: str):
+    scores = ["--data", "scored.csv", "--columns", "a,b,score"] if loss == "angle" else []
+    options = Options.from_arguments(parse("--loss", loss, "--model", model, *scores))
+    defaults = DEFAULTS[loss][model]
     assert (options.batch_size, options.steps, options.lr) == (defaults.batch_size, defaults.steps, defaults.lr)
     assert options.dim == (STATIC_DIM if model == "static" else None)
 
@@ -41,16 +43,18 @@ def test_epochs_replace_steps():
 @pytest.mark.parametrize(
     ("arguments", "dim", "dims"),
     [
-        ([], 384, ()),
-        (["--matryoshka"], 512, (512, 256, 128, 64, 32)),
-        (["--matryoshka"], 384, (384, 256, 128, 64, 32)),
-        (["--matryoshka"], 768, (768, 512, 256, 128, 64, 32)),
-        (["--matryoshka"], 16, (16,)),
-        (["--matryoshka", "32, 64"], 64, (64, 32)),
+        (["--loss", "mnr"], 384, ()),
+        (["--loss", "angle"], 384, ()),
+        ([], 512, (512, 256, 128, 64, 32)),
+        ([], 384, (384, 256, 128, 64, 32)),
+        (["--loss", "matryoshka"], 768, (768, 512, 256, 128, 64, 32)),
+        ([], 16, (16,)),
+        (["--matryoshka-dims", "32, 64"], 64, (64, 32)),
+        (["--loss", "angle", "--matryoshka-dims", "32,64"], 64, (64, 32)),
     ],
 )
 def test_matryoshka_dimensions_follow_the_model(arguments: list[str], dim: int, dims: tuple[int, ...]):
-    assert Options.from_arguments(parse(*arguments)).matryoshka_dims(dim) == dims
+    assert Options.from_arguments(parse(*arguments)).trained_dims(dim) == dims
 
 
 @pytest.mark.parametrize(
@@ -61,8 +65,8 @@ def test_matryoshka_dimensions_follow_the_model(arguments: list[str], dim: int, 
         (["--lr", "0"], "argument --lr: got '0', wanted a number above 0"),
         (["--lr", "nan"], "argument --lr: got 'nan', wanted a number above 0"),
         (["--epochs", "inf"], "argument --epochs: got 'inf', wanted a number above 0"),
-        (["--matryoshka", "8,0"], "argument --matryoshka: got '8,0', wanted different whole numbers above 0"),
-        (["--matryoshka", "8,8"], "argument --matryoshka: got '8,8', wanted different whole numbers above 0"),
+        (["--matryoshka-dims", "8,0"], "argument --matryoshka-dims: got '8,0', wanted different whole numbers above 0"),
+        (["--matryoshka-dims", "8,8"], "argument --matryoshka-dims: got '8,8', wanted different whole numbers above 0"),
         (["--columns", "text"], "argument --columns: got 'text', wanted two or three different column names"),
         (["--model", "large"], "argument --model: invalid choice: 'large'"),
         (["--steps", "1", "--epochs", "1"], "argument --epochs: not allowed with argument --steps"),
@@ -80,15 +84,16 @@ def test_a_bad_value_is_named(capsys: pytest.CaptureFixture[str], arguments: lis
     [
         (["--model", "minilm", "--dim", "8"], "--dim: got 8 with --model minilm"),
         (["--columns", "a,b"], "--columns: got a,b, but neither --data nor --dataset is given"),
-        (["--data", "x.csv", "--columns", "a,b,c"], "--columns: got a,b,c with --objective mnr, but only angle"),
+        (["--loss", "mnr", "--matryoshka-dims", "8,4"], "--matryoshka-dims: got 8,4 with --loss mnr, .* --loss matryo"),
+        (["--data", "x.csv", "--columns", "a,b,c"], "--columns: got a,b,c with --loss matryoshka, but only angle"),
         (
-            ["--objective", "angle", "--model", "minilm"],
-            "--model: got minilm with --objective angle, .* scores of your",
+            ["--loss", "angle", "--model", "minilm"],
+            "--model: got minilm with --loss angle, .* scores of your",
         ),
     ],
 )
 def test_options_that_do_not_go_together(arguments: list[str], message: str):
-    with pytest.raises(DemoError, match=message):
+    with pytest.raises(UserError, match=message):
         Options.from_arguments(parse(*arguments))
 
 
@@ -105,8 +110,8 @@ def pairs(tmp_path: Path) -> Path:
     [
         (["--batch-size", "500"], "--batch-size: got 500, wanted at most the 240 pairs that pairs.csv"),
         (
-            ["--batch-size", "64", "--dim", "16", "--matryoshka", "8,32"],
-            "--matryoshka: got 32, wanted at most the model's 16",
+            ["--batch-size", "64", "--dim", "16", "--matryoshka-dims", "8,32"],
+            "--matryoshka-dims: got 32, wanted at most the model's 16",
         ),
         (["--output", __file__], r"--output: .*test_demo\.py is a file, wanted a folder"),
     ],
@@ -121,7 +126,7 @@ def test_mistakes_end_the_run_without_a_traceback(
 
 
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(demo, "NEEDED", ("tqdm", "a_package_that_is_not_installed"))
+    monkeypatch.setattr(requirements, "NEEDED", ("tqdm", "a_package_that_is_not_installed"))
     assert demo.run(parse()) == 2
     message = 'training needs a_package_that_is_not_installed: pip install "sbert-kernels[demo]"'
     assert message in capsys.readouterr().err
@@ -130,7 +135,7 @@ def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypa
 def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path):
     sizes = ["--dim", "16", "--batch-size", "64", "--steps", "3", "--compare-steps", "2"]
     output = tmp_path / "output"
-    assert demo.run(parse("--data", str(pairs), "--output", str(output), *sizes)) == 0
+    assert demo.run(parse("--loss", "mnr", "--data", str(pairs), "--output", str(output), *sizes)) == 0
 
     printed = capsys.readouterr().out
     assert all(
@@ -166,27 +171,22 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str], pairs: Path, 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison without processes of its own, which take seconds to start."""
-    from sbert_kernels.demo import training
 
-    def without_a_process(target: Callable[..., Any], *args: object) -> harness.ProcessResult:
-        return harness.ProcessResult(target(*args)(), peak_extra_bytes=0)
+    def without_a_process(target: Callable[..., Any], *args: object) -> machine.ProcessResult:
+        return machine.ProcessResult(target(*args)(), peak_extra_bytes=0)
 
-    monkeypatch.setattr(training, "run_in_process", without_a_process)
+    monkeypatch.setattr(machine, "run_in_process", without_a_process)
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_matryoshka_run(
-    capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from sbert_kernels.demo import training
-
-    monkeypatch.setattr(training, "workers_for", lambda side: 1)
-    sizes = ["--dim", "16", "--matryoshka", "16,4", "--batch-size", "64", "--steps", "3", "--compare-steps", "2"]
+def test_a_matryoshka_run(capsys: pytest.CaptureFixture[str], pairs: Path, tmp_path: Path):
+    sizes = ["--dim", "16", "--matryoshka-dims", "16,4", "--batch-size", "64", "--steps", "3", "--compare-steps", "2"]
     assert demo.run(parse("--data", str(pairs), "--output", str(tmp_path), *sizes)) == 0
 
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
     assert "MatryoshkaLoss at 16, 4 dimensions" in printed
-    assert "dataloader_num_workers=1" in printed
+    assert "training: 100%" in errors
+    assert "widget" not in errors  # a bar of the Trainer's own
     assert re.search(r"^mrr@10, 4 dims +0\.\d+ +0\.\d+$", printed, re.MULTILINE)
 
     results = json.loads((tmp_path / "results.json").read_text())
@@ -205,13 +205,13 @@ def scored(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("matryoshka", [[], ["--matryoshka", "16,4"]])
+@pytest.mark.parametrize("matryoshka", [[], ["--matryoshka-dims", "16,4"]])
 def test_a_run_on_scores_of_the_user(
     capsys: pytest.CaptureFixture[str], scored: Path, tmp_path: Path, matryoshka: list[str]
 ):
     sizes = ["--dim", "16", "--batch-size", "32", "--steps", "4", "--compare-steps", "2", *matryoshka]
     source = ["--data", str(scored), "--columns", "first,second,score"]
-    assert demo.run(parse("--objective", "angle", *source, "--output", str(tmp_path), *sizes)) == 0
+    assert demo.run(parse("--loss", "angle", *source, "--output", str(tmp_path), *sizes)) == 0
 
     printed = capsys.readouterr().out
     assert "scores from 0 to 5, stretched to 0 to 1" in printed

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sbert_kernels import angle_loss
-from sbert_kernels.benchmarks import harness
+from sbert_kernels import angle_loss, machine
 from sbert_kernels.settings import MIB
 
 
@@ -31,6 +30,6 @@ def step_of(name: str, n: int, dim: int) -> Any:
 @pytest.mark.parametrize(("name", "mebibytes"), [("cpu", 16), ("blockwise", 32)])
 def test_memory_is_the_gradients_and_some_numbers_a_pair(compiled: None, name: str, mebibytes: int) -> None:
     n, dim = 65_536, 128
-    result = harness.run_in_process(step_of, name, n, dim)
+    result = machine.run_in_process(step_of, name, n, dim)
     assert result.value is True
     assert result.peak_extra_bytes < 2 * n * dim * 4 + mebibytes * MIB

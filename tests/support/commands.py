@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from types import ModuleType
 from typing import Any
 
+from sbert_kernels.bench import command
 
-def run_command(module: ModuleType, *arguments: str) -> Any:
-    """Runs a module that has ``add_arguments`` and ``run`` with these arguments; returns what its ``run`` returned."""
+
+def run_command(subject: str, *arguments: str) -> Any:
+    """Runs ``python -m sbert_kernels bench`` with this subject and these arguments; returns what it returned."""
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments))
+    command.add_arguments(parser)
+    parsed = parser.parse_args([subject, *arguments])
+    return parsed.run(parsed)

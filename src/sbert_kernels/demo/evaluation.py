@@ -1,4 +1,4 @@
-"""What a model is worth on held-out texts, by the evaluators of sentence-transformers."""
+"""Scores of a model on held-out texts, by the evaluators of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 
-from sbert_kernels.demo.data import Pair, Row
+from sbert_kernels.workloads.models import dim_of
+from sbert_kernels.workloads.texts import Pair, Row
 
 
 class Evaluation(ABC):
-    """Scores of a model by ``metrics``, from cosines of its embeddings."""
+    """Scores a model by ``metrics``, from cosines of its embeddings."""
 
     metrics: tuple[str, ...]
     label: str  # of what is held out
     title: str  # of the panel that shows the scores
 
     def __call__(self, model: SentenceTransformer, matryoshka_dims: Sequence[int] = ()) -> dict[str, float]:
-        """The scores; for each of ``matryoshka_dims`` below the model's, the first metric of embeddings cut to it."""
-        dim = model.get_embedding_dimension()
+        """Returns the scores, and the first metric of embeddings cut to each smaller one of ``matryoshka_dims``."""
+        dim = dim_of(model)
         scores = dict(zip(self.metrics, self._scores(model, dim), strict=True))
         for smaller in matryoshka_dims:
             if smaller < dim:
@@ -32,11 +33,11 @@ class Evaluation(ABC):
 
     @abstractmethod
     def _scores(self, model: SentenceTransformer, dim: int) -> list[float]:
-        """By ``metrics``, of embeddings cut to ``dim``."""
+        """Returns the scores by ``metrics`` of embeddings that are cut to ``dim``."""
 
 
 class Retrieval(Evaluation):
-    """How well queries find their own text among those of all queries and the distractors."""
+    """Scores how well queries find their own text among those of all queries and the distractors."""
 
     metrics = ("mrr@10", "recall@1", "recall@10")
     label = "held-out queries"
@@ -59,7 +60,7 @@ class Retrieval(Evaluation):
 
 
 class Correlation(Evaluation):
-    """How far the cosines of pairs follow their scores."""
+    """Scores how well the cosines of pairs follow the pairs' own scores."""
 
     metrics = ("spearman", "pearson")
     label = "held-out scores"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbert_kernels.demo.data import Pair, Row
-from sbert_kernels.demo.models import minilm_model
+from sbert_kernels.workloads.models import minilm_model
+from sbert_kernels.workloads.texts import Pair, ScoredPair
 
 TEACHER = "all-MiniLM-L6-v2"
 KINDS = ("own", "nearest", "random")
@@ -17,8 +17,8 @@ KINDS = ("own", "nearest", "random")
 
 def graded_rows(
     train: Sequence[Pair], held_out: Sequence[Pair], seed: int
-) -> tuple[list[Row], list[Row], dict[str, float]]:
-    """Three rows (query, text, teacher's cosine) of each pair, in a mixed order, and the mean score of each kind.
+) -> tuple[list[ScoredPair], list[ScoredPair], dict[str, float]]:
+    """Returns three rows (query, text, teacher's cosine) of each pair, in a mixed order, and the mean score a kind.
 
     The texts of a part are paired within it, so that the parts stay disjoint.
     """
@@ -28,19 +28,19 @@ def graded_rows(
         grade(part, own, seed)
         for part, own in zip((train, held_out), embeddings.split([2 * len(train), 2 * len(held_out)]), strict=True)
     ]
-    scores = {kind: [score for part in parts for *_, score in part[kind]] for kind in KINDS}
+    scores = {kind: [score for part in parts for _, _, score in part[kind]] for kind in KINDS}
     rows, held_out_rows = ([row for kind in KINDS for row in part[kind]] for part in parts)
     random.Random(seed).shuffle(rows)  # the comparison takes the first of them
     return rows, held_out_rows, {kind: sum(own) / len(own) for kind, own in scores.items()}
 
 
-def grade(pairs: Sequence[Pair], embeddings: Tensor, seed: int) -> dict[str, list[Row]]:
-    """Rows by kind: each query with its own text, with the nearest of all the others, and with a random other one.
+def grade(pairs: Sequence[Pair], embeddings: Tensor, seed: int) -> dict[str, list[ScoredPair]]:
+    """Returns rows by kind: each query with its own text, with the nearest other text, and with a random other one.
 
     Args:
-        pairs: n of them, at least 2.
-        embeddings: [2n, D] of length 1, those of the queries, then those of their texts.
-        seed: Of the random ones.
+        pairs: at least two, n in all.
+        embeddings: (2n, D), each of length 1: those of the queries, then those of their texts.
+        seed: decides which the random ones are.
     """
     n = len(pairs)
     texts = [query for query, _ in pairs] + [text for _, text in pairs]

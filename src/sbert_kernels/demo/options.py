@@ -1,4 +1,4 @@
-"""The demo's command line: every option once, with its default for each objective and model.
+"""The demo's command line: every option once, with its default for each loss and model.
 
 Cheap to import, since ``python -m sbert_kernels --help`` builds this parser.
 """
@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class DemoError(Exception):
-    """Something that the user can mend; the demo prints it without a traceback."""
+from sbert_kernels.workloads.recipes import LEARNING_RATES, MATRYOSHKA_DIMS, STATIC_DIM, default_matryoshka_dims
+from sbert_kernels.workloads.requirements import UserError
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What an option is when the command line does not name it, chosen so that the demo fits in three minutes on two
-    cores."""
+    """Holds the values of options that the command line does not name.
+
+    They are chosen so that the demo takes at most three minutes on two cores.
+    """
 
     batch_size: int
     steps: int
@@ -29,28 +30,36 @@ class Defaults:
     graded: int = 0  # pairs that a teacher makes graded ones of, to train on
 
 
-# By objective, then by model.
+_IN_BATCH = {
+    "static": Defaults(
+        batch_size=4096,
+        steps=30,
+        compare_steps=5,
+        lr=LEARNING_RATES["static"],
+        held_out=1000,
+        distractors=2000,
+    ),
+    "minilm": Defaults(
+        batch_size=128, steps=4, compare_steps=2, lr=LEARNING_RATES["minilm"], held_out=250, distractors=250
+    ),
+}
+# By loss, then by model.
 DEFAULTS = {
-    "mnr": {
-        # The learning rate of ST's static-embedding recipe: only a few rows of the table get a gradient in each step.
-        "static": Defaults(batch_size=4096, steps=30, compare_steps=5, lr=2e-1, held_out=1000, distractors=2000),
-        "minilm": Defaults(batch_size=128, steps=4, compare_steps=2, lr=1e-4, held_out=250, distractors=250),
-    },
+    "matryoshka": _IN_BATCH,
+    "mnr": _IN_BATCH,
     "angle": {
         "static": Defaults(batch_size=1024, steps=30, compare_steps=5, lr=5e-2, held_out=300, graded=1700),
         "minilm": Defaults(batch_size=64, steps=8, compare_steps=2, lr=5e-5, held_out=300),
     },
 }
-MODELS = tuple(DEFAULTS["mnr"])
-STATIC_DIM = 512
-MATRYOSHKA_DIMS = (512, 256, 128, 64, 32)
+MODELS = tuple(_IN_BATCH)
 
 
 @dataclass(frozen=True)
 class Options:
-    """One run of the demo, with every default filled in."""
+    """Holds the options of one run of the demo, with every default filled in."""
 
-    objective: str
+    loss: str  # a key of DEFAULTS
     model: str
     data: Path | None
     columns: tuple[str, ...] | None  # of the query, its text and, for angle, their score
@@ -60,7 +69,7 @@ class Options:
     epochs: float | None
     compare_steps: int
     dim: int | None  # None: as the model has it
-    matryoshka: tuple[int, ...] | None  # None: the plain loss; (): the default dimensions
+    matryoshka_dims: tuple[int, ...] | None  # None: those of the loss
     lr: float
     seed: int
     output: Path
@@ -68,8 +77,9 @@ class Options:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Options:
+        """Returns the options of a parsed command line; raises UserError if they do not go together."""
         values = {name: getattr(args, name) for name in cls.__dataclass_fields__}
-        defaults = DEFAULTS[args.objective][args.model]
+        defaults = DEFAULTS[args.loss][args.model]
         for name in ("batch_size", "compare_steps", "lr"):
             if values[name] is None:
                 values[name] = getattr(defaults, name)
@@ -78,52 +88,53 @@ class Options:
         if args.model == "static":
             values["dim"] = args.dim or STATIC_DIM
         elif args.dim is not None:
-            raise DemoError(f"argument --dim: got {args.dim} with --model {args.model}, but only static has a free one")
+            raise UserError(f"argument --dim: got {args.dim} with --model {args.model}, but only static has a free one")
+        if args.matryoshka_dims and args.loss == "mnr":
+            dims = ",".join(map(str, args.matryoshka_dims))
+            raise UserError(
+                f"argument --matryoshka-dims: got {dims} with --loss mnr, which trains whole embeddings only; wanted "
+                "--loss matryoshka"
+            )
         if values["columns"] and not (values["data"] or values["dataset"]):
-            raise DemoError(
+            raise UserError(
                 f"argument --columns: got {','.join(args.columns)}, but neither --data nor --dataset is given"
             )
         scored = len(values["columns"] or ()) == 3
-        if scored and args.objective != "angle":
-            raise DemoError(
-                f"argument --columns: got {','.join(args.columns)} with --objective {args.objective}, but only angle "
-                "has a use for scores"
+        if scored and args.loss != "angle":
+            raise UserError(
+                f"argument --columns: got {','.join(args.columns)} with --loss {args.loss}, but only angle has a use "
+                "for scores"
             )
-        if args.objective == "angle" and args.model == "minilm" and not scored:
-            raise DemoError(
-                "argument --model: got minilm with --objective angle, but it is the teacher that makes the scores and "
+        if args.loss == "angle" and args.model == "minilm" and not scored:
+            raise UserError(
+                "argument --model: got minilm with --loss angle, but it is the teacher that makes the scores and "
                 "cannot learn from itself; wanted scores of your own, as a third name in --columns"
             )
         return cls(**values)
 
-    def matryoshka_dims(self, dim: int) -> tuple[int, ...]:
-        """The dimensions to train of a model of ``dim``, widest first; none without ``--matryoshka``."""
-        if self.matryoshka is None:
-            return ()
-        if not self.matryoshka:
-            return default_matryoshka_dims(dim)
-        if max(self.matryoshka) > dim:
-            raise DemoError(
-                f"argument --matryoshka: got {max(self.matryoshka)}, wanted at most the model's {dim} dimensions"
+    def trained_dims(self, dim: int) -> tuple[int, ...]:
+        """Returns the Matryoshka dimensions to train of a model of ``dim``, widest first; none for a plain loss."""
+        if self.matryoshka_dims is None:
+            return default_matryoshka_dims(dim) if self.loss == "matryoshka" else ()
+        if max(self.matryoshka_dims) > dim:
+            raise UserError(
+                f"argument --matryoshka-dims: got {max(self.matryoshka_dims)}, wanted at most the model's {dim} "
+                "dimensions"
             )
-        return tuple(sorted(self.matryoshka, reverse=True))
+        return tuple(sorted(self.matryoshka_dims, reverse=True))
 
     def training_steps(self, pairs: int) -> int:
-        """``steps``, or ``epochs`` over so many pairs in full batches."""
+        """Returns ``steps``, or those of ``epochs`` over so many pairs in full batches."""
         if self.steps is not None:
             return self.steps
+        assert self.epochs is not None  # from_arguments fills one of the two in
         return max(1, round(self.epochs * (pairs // self.batch_size)))
-
-
-def default_matryoshka_dims(dim: int) -> tuple[int, ...]:
-    """``MATRYOSHKA_DIMS`` as far as they are below ``dim``, after ``dim`` itself."""
-    return (dim, *(smaller for smaller in MATRYOSHKA_DIMS if smaller < dim))
 
 
 def _number(
     kind: type[int] | type[float], at_least: float | None = None, above: float | None = None
 ) -> Callable[[str], int | float]:
-    """An argparse type: a number of this kind within the bound; argparse puts the argument's name before the error."""
+    """Returns an argparse type: a number of this kind within the bound. argparse puts the argument's name first."""
     wanted = "a whole number" if kind is int else "a number"
     if at_least is not None:
         wanted += f" of at least {at_least}"
@@ -131,6 +142,7 @@ def _number(
         wanted += f" above {above}"
 
     def parse(text: str) -> int | float:
+        value: int | float | None
         try:
             value = kind(text)
         except ValueError:
@@ -164,20 +176,21 @@ def _dims(text: str) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's options to ``parser``."""
+    """Adds the demo's options to ``parser``."""
 
     def per_model(name: str) -> str:
         return "; ".join(
-            f"{objective}: " + ", ".join(f"{model} {getattr(defaults, name)}" for model, defaults in models.items())
-            for objective, models in DEFAULTS.items()
+            f"{loss}: " + ", ".join(f"{model} {getattr(defaults, name)}" for model, defaults in models.items())
+            for loss, models in DEFAULTS.items()
         )
 
     parser.add_argument(
-        "--objective",
+        "--loss",
         choices=tuple(DEFAULTS),
-        default="mnr",
-        help="mnr: in-batch negatives, MultipleNegativesRankingLoss (for minilm the cached one); angle: AnglEObjective "
-        "on pairs that a teacher scores, or on scores of your own (default: %(default)s)",
+        default="matryoshka",
+        help="mnr: in-batch negatives, MultipleNegativesRankingLoss (for minilm the cached one); matryoshka: the same "
+        "within MatryoshkaLoss; angle: AnglEObjective on pairs that a teacher scores, or on scores of your own "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--model",
@@ -223,13 +236,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dim", type=_number(int, at_least=1), metavar="D", help=f"embedding dimension of static ({STATIC_DIM})"
     )
     parser.add_argument(
-        "--matryoshka",
+        "--matryoshka-dims",
         type=_dims,
-        nargs="?",
-        const=(),
         metavar="D,D,...",
-        help="train with MatryoshkaLoss at these dimensions (default: the model's, and those of "
-        f"{', '.join(map(str, MATRYOSHKA_DIMS))} that are smaller)",
+        help="train embeddings cut to these dimensions, with MatryoshkaLoss (default for matryoshka: the model's, and "
+        f"those of {', '.join(map(str, MATRYOSHKA_DIMS))} that are smaller; for angle: none)",
     )
     parser.add_argument("--lr", type=_number(float, above=0), metavar="X", help=f"learning rate ({per_model('lr')})")
     parser.add_argument("--seed", type=_number(int, at_least=0), default=0, metavar="N", help="default: %(default)s")

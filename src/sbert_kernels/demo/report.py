@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sentence_transformers import SentenceTransformer
 
-from sbert_kernels.benchmarks.harness import machine, machine_line
-from sbert_kernels.benchmarks.report import draw_stacks
-from sbert_kernels.benchmarks.steps import PARTS, Recording, Step, median_step, whole
-from sbert_kernels.demo.data import Pairs
+from sbert_kernels import machine
+from sbert_kernels.demo.comparison import Side, largest_difference
 from sbert_kernels.demo.objectives import Data
 from sbert_kernels.demo.options import Options
-from sbert_kernels.demo.training import Side, largest_difference
+from sbert_kernels.workloads.charts import draw_stacks
+from sbert_kernels.workloads.models import dim_of
+from sbert_kernels.workloads.steps import PARTS, Recording, Step, median_step, whole
+from sbert_kernels.workloads.texts import Pairs
 
-MIB = 1 << 20
 WIDTH, INDENT = 100, 10  # of the lines on the terminal
 COLOURS = {
     "stock": "#94a3b8",
@@ -36,7 +36,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Results:
-    """All that one run measured."""
+    """Holds all that one run measured."""
 
     options: Options
     pairs: Pairs
@@ -52,8 +52,8 @@ class Results:
 
 
 def print_data(pairs: Pairs, data: Data) -> None:
-    """Say where the pairs came from, what was left out, and what they are used for."""
-    _print("Machine", machine_line())
+    """Says where the pairs came from, what was left out, and what they are used for."""
+    _print("Machine", machine.line())
     _print("Data", f"{len(pairs.pairs):,} pairs from {pairs.source}")
     if pairs.counts:
         _print("", ", ".join(f"{package} {count:,}" for package, count in pairs.counts.items()))
@@ -63,27 +63,17 @@ def print_data(pairs: Pairs, data: Data) -> None:
 
 
 def print_plan(options: Options, comparison: str, model: SentenceTransformer, steps: int) -> None:
-    """Say which model takes which steps."""
+    """Says which model takes which steps."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    dim = model.get_embedding_dimension()
+    dim = dim_of(model)
     _print("Model", f"{options.model}: {dim} dimensions, {millions:.1f} M parameters")
-    if dims := options.matryoshka_dims(dim):
+    if dims := options.trained_dims(dim):
         _print("Loss", f"MatryoshkaLoss at {', '.join(map(str, dims))} dimensions")
     _print(
         "Plan",
         f"{options.compare_steps} steps from the same seed with {comparison}, each in a process of its own; then "
         f"{steps} steps of training with ours; {options.batch_size:,} pairs a step",
     )
-
-
-def print_workers(workers: int) -> None:
-    """Say that the training tokenizes beside the steps, if it does."""
-    if workers:
-        _print(
-            "Overlap",
-            "a process of its own can keep up with tokenizing: the training leaves it to one beside the steps "
-            f"(dataloader_num_workers={workers})",
-        )
 
 
 def _print(label: str, text: str) -> None:
@@ -101,7 +91,7 @@ def _print(label: str, text: str) -> None:
 
 
 def print_results(results: Results) -> None:
-    """Print the comparison, what training brought, and where the time went."""
+    """Prints the comparison, what training brought, and where the time went."""
     print(f"\n{'':<28}" + "".join(f"{name:>16}" for name in results.sides) + "   stock / ours")
     sides = list(results.sides.values())
     for label, show, value in (
@@ -111,10 +101,10 @@ def print_results(results: Results) -> None:
         print(f"{label:<28}" + "".join(f"{show(side):>16}" for side in sides) + f"{_ratio(*map(value, sides)):>15}")
         if show is _step_time:
             for part in PARTS:
-                cells = [f"{_median(side)[part]:.3f} s" if side.recording else "" for side in sides]
+                cells = [f"{step[part]:.3f} s" if (step := _median(side)) else "" for side in sides]
                 print(f"  {part:<26}" + "".join(f"{cell:>16}" for cell in cells))
-    last = [f"{side.recording.losses[-1]:.6f}" if side.recording else side.error for side in sides]
-    print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in last))
+    cells = [f"{side.recording.losses[-1]:.6f}" if side.recording else _reason(side) for side in sides]
+    print(f"{'loss of the last step':<28}" + "".join(f"{cell:>16}" for cell in cells))
     if (difference := largest_difference(results.sides)) is not None:
         print(f"{'largest relative difference':<28}{difference:>32.1e}")
     print(f"\n{results.data.evaluation.label:<28}{'before':>16}{'after':>16}")
@@ -131,7 +121,7 @@ def print_results(results: Results) -> None:
 
 
 def _terms(recording: Recording) -> list[str]:
-    """The terms of a training's loss, if it has several."""
+    """Returns the names of the terms of a training's loss, if it has several."""
     return list(recording.terms[0]) if recording.terms else []
 
 
@@ -140,17 +130,22 @@ def _median(side: Side) -> Step | None:
 
 
 def _seconds(side: Side) -> float | None:
-    return whole(_median(side)) if side.recording else None
+    return whole(step) if (step := _median(side)) else None
 
 
 def _step_time(side: Side) -> str:
-    return f"{_seconds(side):.3f} s" if side.recording else side.error
+    return f"{_seconds(side):.3f} s" if side.recording else _reason(side)
+
+
+def _reason(side: Side) -> str:
+    """Returns why a side of the comparison has no recording."""
+    return side.error or "not known"
 
 
 def _peak_memory(side: Side) -> str:
     if side.error:
         return side.error
-    return "not known" if side.peak_extra_bytes is None else f"{side.peak_extra_bytes / MIB:,.0f} MiB"
+    return "not known" if side.peak_extra_bytes is None else f"{side.peak_extra_bytes / machine.MIB:,.0f} MiB"
 
 
 def _ratio(stock: float | None, ours: float | None) -> str:
@@ -161,7 +156,7 @@ def _ratio(stock: float | None, ours: float | None) -> str:
 
 
 def write(results: Results, model: SentenceTransformer) -> None:
-    """Write the model, results.json and results.png to the output folder, and say where."""
+    """Writes the model, results.json and results.png to the output folder, and say where."""
     output = results.options.output
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(output / "model"))
@@ -173,10 +168,11 @@ def write(results: Results, model: SentenceTransformer) -> None:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Everything in ``results`` but the texts themselves."""
+    """Returns everything in ``results`` but the texts themselves."""
     pairs = results.pairs
     return {
-        "machine": machine(),
+        "commit": machine.commit(),
+        "machine": machine.facts(),
         "options": dataclasses.asdict(results.options),
         "data": {
             "source": pairs.source,
@@ -200,12 +196,12 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def draw(results: Results) -> Figure:
-    """Four panels: losses, held-out scores before and after, step time, peak memory."""
+    """Draws four panels: losses, held-out scores before and after, step time, peak memory."""
     options = results.options
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"sbert-kernels demo: {options.objective}, {options.model}, batch size {options.batch_size:,}, "
+        f"sbert-kernels demo: {options.loss}, {options.model}, batch size {options.batch_size:,}, "
         f"{len(results.data.rows):,} pairs",
         fontsize=13,
     )
@@ -218,7 +214,7 @@ def draw(results: Results) -> Figure:
         memory,
         "Peak memory of training, over what was loaded",
         "MiB",
-        {name: side.peak_extra_bytes and side.peak_extra_bytes / MIB for name, side in results.sides.items()},
+        {name: side.peak_extra_bytes and side.peak_extra_bytes / machine.MIB for name, side in results.sides.items()},
         {name: _peak_memory(side) for name, side in results.sides.items()},
     )
     for axes in (losses, held_out, times, memory):
@@ -235,7 +231,10 @@ def _draw_losses(axes: Axes, results: Results) -> None:
             range(1, len(values) + 1), values, style, color=COLOURS["training"], linewidth=1, label=f"its {name} term"
         )
     # The stock curve is wide and light, so that ours shows on top of it where the two are equal.
-    styles = {"stock": {"linewidth": 6}, "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3}}
+    styles: dict[str, dict[str, Any]] = {
+        "stock": {"linewidth": 6},
+        "sbert-kernels": {"linewidth": 1.5, "marker": "o", "markersize": 3},
+    }
     for name, side in results.sides.items():
         if side.recording:
             steps = range(1, len(side.recording.losses) + 1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import aot
 from sbert_kernels import contrastive_loss, settings
-from sbert_kernels.benchmarks import aot_report
 from sbert_kernels.problems.contrastive import Needs
 from support.contrastive import draw, eager, loss_and_gradients
 from support.numbers import relative_errors
@@ -38,7 +38,7 @@ def recorded(problem: Any, needs: Needs = NEEDS, target: str = "sm_90") -> tuple
     from sbert_kernels.backends.triton import contrastive, launching
 
     with (
-        launching.recording(launching.Target(*aot_report.TARGETS[target])) as launches,
+        launching.recording(launching.Target(*aot.TARGETS[target])) as launches,
         FlopCounterMode(display=False) as vendor,
     ):
         contrastive.contrastive(problem, needs)
@@ -59,10 +59,10 @@ def sweep_flops(launches: list[Any]) -> float:
     return total
 
 
-@pytest.mark.parametrize("case", aot_report.CASES, ids=lambda case: case.name)
-def test_no_value_is_read_back(case: aot_report.Case, strategy: str) -> None:
+@pytest.mark.parametrize("case", aot.CASES, ids=lambda case: case.name)
+def test_no_value_is_read_back(case: aot.Case, strategy: str) -> None:
     """A tensor on "meta" has none to give: shapes alone decide what is launched, as a CUDA graph needs it."""
-    problem = aot_report.problem_of(case, torch.bfloat16, 384, rows=1000)
+    problem = aot.problem_of(case, torch.bfloat16, 384, rows=1000)
     launches, _ = recorded(problem, NEEDS if case.gradients else Needs())
     assert sweeps_of(launches)
 
@@ -73,10 +73,10 @@ def test_no_value_is_read_back(case: aot_report.Case, strategy: str) -> None:
 def test_operations_are_those_of_the_cost_model(case: str, dtype: torch.dtype, dim: int, strategy: str) -> None:
     from sbert_kernels.backends.triton.contrastive import cost_model
 
-    (found,) = (c for c in aot_report.CASES if c.name == case)
+    (found,) = (c for c in aot.CASES if c.name == case)
     if strategy not in found.strategies:
         pytest.skip("without gradients there is one strategy")
-    problem = aot_report.problem_of(found, dtype, dim, rows=4096)
+    problem = aot.problem_of(found, dtype, dim, rows=4096)
     launches, vendor_flops = recorded(problem, NEEDS if found.gradients else Needs())
     expected = cost_model.accounting(
         4096,
@@ -97,7 +97,7 @@ def test_bytes_of_the_weights_are_those_of_the_cost_model() -> None:
     from sbert_kernels.backends.triton.contrastive import cost_model
 
     n = m = 8192
-    problem = aot_report.problem_of(aot_report.CASES[0], torch.bfloat16, 384, rows=n)
+    problem = aot.problem_of(aot.CASES[0], torch.bfloat16, 384, rows=n)
     with settings.override(strategy="chunked", block_bytes=32 * settings.MIB):
         launches, _ = recorded(problem)
     written = [arguments["weights"] for arguments, _ in sweeps_of(launches)]
@@ -117,8 +117,8 @@ def test_the_strategy_follows_from_the_shape() -> None:
     from sbert_kernels.backends.triton.contrastive import strategy
 
     def chosen(dim: int, dtype: torch.dtype, target: str) -> str:
-        problem = aot_report.problem_of(aot_report.CASES[0], dtype, dim, rows=65536)
-        with launching.recording(launching.Target(*aot_report.TARGETS[target])):
+        problem = aot.problem_of(aot.CASES[0], dtype, dim, rows=65536)
+        with launching.recording(launching.Target(*aot.TARGETS[target])):
             seconds = strategy.predicted_seconds(problem, NEEDS, launching.target_of(problem.device))
             choice = contrastive.choose_strategy(problem, NEEDS)
             assert choice == min(seconds, key=seconds.__getitem__)
@@ -135,8 +135,8 @@ def test_the_strategy_follows_from_the_shape() -> None:
 def test_the_vendor_s_products_are_used_only_in_the_precision_asked_for() -> None:
     from sbert_kernels.backends.triton import contrastive, launching
 
-    problem = aot_report.problem_of(aot_report.CASES[0], torch.float32, 768, rows=65536)
-    with launching.recording(launching.Target(*aot_report.TARGETS["sm_90"])):
+    problem = aot.problem_of(aot.CASES[0], torch.float32, 768, rows=65536)
+    with launching.recording(launching.Target(*aot.TARGETS["sm_90"])):
         for products, expected in (("float32", "chunked"), ("tf32", "tiled"), ("tf32x3", "tiled")):
             with settings.override(matmul=products):
                 assert contrastive.choose_strategy(problem, NEEDS) == expected
@@ -146,9 +146,9 @@ def test_the_vendor_s_products_are_used_only_in_the_precision_asked_for() -> Non
 def test_the_strategy_asked_for_says_what_it_does_not_do(caplog: pytest.LogCaptureFixture) -> None:
     from sbert_kernels.backends.triton import contrastive, launching
 
-    problem = aot_report.problem_of(aot_report.CASES[0], torch.float32, 64, rows=64)
+    problem = aot.problem_of(aot.CASES[0], torch.float32, 64, rows=64)
     with (
-        launching.recording(launching.Target(*aot_report.TARGETS["sm_90"])),
+        launching.recording(launching.Target(*aot.TARGETS["sm_90"])),
         settings.override(matmul="tf32x3", strategy="chunked"),
     ):
         assert [contrastive.choose_strategy(problem, NEEDS) for _ in range(2)] == ["chunked"] * 2
@@ -165,7 +165,7 @@ def test_products_that_a_gpu_lacks_are_replaced_with_one_line_in_the_log(caplog:
     for name in ("sm_75", "gfx942", "sm_90"):
         for products in ("tf32", "bfloat16"):
             with settings.override(matmul=products):
-                target = launching.Target(*aot_report.TARGETS[name])
+                target = launching.Target(*aot.TARGETS[name])
                 found[name, products] = [precision.choose_precision({torch.float32}, target).name for _ in range(2)]
     lacking = {("sm_75", "tf32"): "float32", ("sm_75", "bfloat16"): "float32", ("gfx942", "tf32"): "bfloat16x3"}
     assert found == {key: [lacking.get(key, key[1])] * 2 for key in found}
@@ -176,8 +176,8 @@ def test_products_that_a_gpu_lacks_are_replaced_with_one_line_in_the_log(caplog:
 
 
 def test_prefixes_share_one_sweep_unless_their_weights_stay_on_the_chip() -> None:
-    (case,) = (c for c in aot_report.CASES if c.name == "matryoshka")
-    problem = aot_report.problem_of(case, torch.bfloat16, 768)
+    (case,) = (c for c in aot.CASES if c.name == "matryoshka")
+    problem = aot.problem_of(case, torch.bfloat16, 768)
     with settings.override(strategy="chunked"):
         launches, _ = recorded(problem)
     assert {launch.constants["DIMS"] for _, launch in sweeps_of(launches)} == {problem.dims}
@@ -247,7 +247,7 @@ def test_other_tiles_are_others(target: str, variant: int) -> None:
         "guided": False,
         "prefixes": 1,
     }
-    where = launching.Target(*aot_report.TARGETS[target])
+    where = launching.Target(*aot.TARGETS[target])
     default, other = (tiles.sweep_config(where, half, **sizes, width=16, variant=v) for v in (0, variant))
     assert default != other
 
@@ -373,7 +373,7 @@ def test_rows_beyond_a_32_bit_offset() -> None:
 def run_in_place(queries: Tensor, documents: Tensor) -> list[Tensor]:
     from sbert_kernels.backends.triton import contrastive
 
-    problem = aot_report.problem_of(aot_report.CASES[0], torch.bfloat16, queries.shape[1], rows=len(queries))
+    problem = aot.problem_of(aot.CASES[0], torch.bfloat16, queries.shape[1], rows=len(queries))
     problem = replace(problem, queries=queries, documents=(documents,))
     result = contrastive.contrastive(problem, NEEDS)
     return [x.double() for x in (result.loss, result.queries.bfloat16(), result.documents.bfloat16())]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sbert_kernels import contrastive_loss, pairwise_similarity, ranking_loss, settings
 from sbert_kernels.backends.triton import why_not_on
-from sbert_kernels.benchmarks.harness import matmul_precision
+from sbert_kernels.machine import matmul_precision
 from sbert_kernels.settings import MIB
 from support import contrastive
 from support.contrastive import ALL_DIRECTIONS

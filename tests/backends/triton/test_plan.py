@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import aot
 from sbert_kernels import settings
 from sbert_kernels.backends.triton.targets import BY_NAME, GPUS, Target
-from sbert_kernels.benchmarks import aot_report
 from sbert_kernels.problems.contrastive import Needs
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 H100 = Target("cuda", 90)
-CASES = {case.name: case for case in aot_report.CASES}
+CASES = {case.name: case for case in aot.CASES}
 
 
 def parts_of(value: Any) -> list[Any]:
@@ -27,7 +27,7 @@ def parts_of(value: Any) -> list[Any]:
     return [value, *(part for child in children for part in parts_of(child))]
 
 
-def needs_of(case: aot_report.Case) -> Needs:
+def needs_of(case: aot.Case) -> Needs:
     return Needs(True, True, False, "scale" in case.options) if case.gradients else Needs()
 
 
@@ -36,13 +36,13 @@ def test_a_plan_is_hashable_and_without_tensors(name: str) -> None:
     from sbert_kernels.backends.triton.contrastive.plan import make_plan
 
     first, second = (
-        make_plan(aot_report.problem_of(CASES[name], torch.bfloat16, 384, rows=1000), needs_of(CASES[name]), H100)
+        make_plan(aot.problem_of(CASES[name], torch.bfloat16, 384, rows=1000), needs_of(CASES[name]), H100)
         for _ in range(2)
     )
     assert first == second
     assert hash(first) == hash(second)
     assert not [part for part in parts_of(first) if isinstance(part, Tensor)]
-    other = make_plan(aot_report.problem_of(CASES[name], torch.bfloat16, 384, rows=1001), needs_of(CASES[name]), H100)
+    other = make_plan(aot.problem_of(CASES[name], torch.bfloat16, 384, rows=1001), needs_of(CASES[name]), H100)
     assert other != first
 
 
@@ -52,7 +52,7 @@ def test_running_a_plan_reads_no_setting(name: str, monkeypatch: pytest.MonkeyPa
     from sbert_kernels.backends.triton.contrastive.plan import make_plan
     from sbert_kernels.backends.triton.contrastive.run import run
 
-    problem = aot_report.problem_of(CASES[name], torch.bfloat16, 384, rows=1000)
+    problem = aot.problem_of(CASES[name], torch.bfloat16, 384, rows=1000)
     with settings.override(block_bytes=settings.MIB):
         plan = make_plan(problem, needs_of(CASES[name]), H100)
     monkeypatch.setattr(settings, "get", lambda name: pytest.fail(f"{name} is read"))
@@ -71,7 +71,7 @@ def test_running_a_plan_reads_no_setting(name: str, monkeypatch: pytest.MonkeyPa
 def test_chunks_cover_all_rows_once_and_fit_into_their_memory() -> None:
     from sbert_kernels.backends.triton.contrastive.plan import make_plan
 
-    problem = aot_report.problem_of(CASES["four directions"], torch.bfloat16, 64, rows=1000)
+    problem = aot.problem_of(CASES["four directions"], torch.bfloat16, 64, rows=1000)
     with settings.override(block_bytes=4 * settings.MIB):
         (softmax,) = make_plan(problem, Needs(True, True), H100).softmaxes
     assert [chunk.begin for chunk in softmax.chunks[1:]] == [chunk.end for chunk in softmax.chunks[:-1]]
@@ -119,4 +119,4 @@ def test_a_gpu_without_a_row_is_treated_as_the_next_older_one(target: tuple[str,
 
 
 def test_every_target_that_is_compiled_for_has_a_row() -> None:
-    assert {(gpu.backend, gpu.arch) for gpu in GPUS} == set(aot_report.TARGETS.values())
+    assert {(gpu.backend, gpu.arch) for gpu in GPUS} == set(aot.TARGETS.values())

@@ -1,4 +1,4 @@
-"""AnglE's objective: graded pairs, whose order the model's cosines are to reproduce; rank correlation judges it."""
+"""AnglE's objective: the model's cosines learn the order of graded pairs, and rank correlation judges it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from sbert_kernels.demo.data import Pairs, Row, split_pairs
+from sbert_kernels.demo.data import split_pairs
 from sbert_kernels.demo.evaluation import Correlation
 from sbert_kernels.demo.grading import TEACHER, graded_rows
-from sbert_kernels.demo.objectives.base import SIDES, Data, Objective
-from sbert_kernels.demo.options import DemoError
+from sbert_kernels.demo.objectives.base import Data, Objective
+from sbert_kernels.workloads.models import dim_of
+from sbert_kernels.workloads.recipes import SIDES
+from sbert_kernels.workloads.requirements import UserError
+from sbert_kernels.workloads.texts import Pairs, ScoredPair
 
 # What the three stock losses compute: every row is an anchor, and equal texts stay negatives of each other.
 AS_STOCK = {"positive_threshold": None, "duplicates": "keep"}
 
 
 class AngleObjective(Objective):
-    """AnglEObjective beside what a user of stock writes for it; scores of the user's own, or of a teacher."""
+    """Trains with AnglEObjective, beside what a user of stock writes for it; on scores of the user or of a teacher."""
 
     comparison = (
         "stock's CoSENTLoss, MultipleNegativesRankingLoss and AnglELoss one after the other (three encodings of a "
@@ -28,6 +31,7 @@ class AngleObjective(Objective):
     )
 
     def prepare(self, pairs: Pairs) -> Data:
+        """Returns scored rows: with the scores of the data, or with those of a teacher."""
         return self._graded(pairs) if pairs.scores is None else self._scored(pairs, pairs.scores)
 
     def _graded(self, pairs: Pairs) -> Data:
@@ -45,7 +49,7 @@ class AngleObjective(Objective):
     def _scored(self, pairs: Pairs, scores: list[float]) -> Data:
         low, high = min(scores), max(scores)
         if low == high:
-            raise DemoError(f"argument --columns: all scores of {pairs.source} are {low:g}, wanted different ones")
+            raise UserError(f"argument --columns: all scores of {pairs.source} are {low:g}, wanted different ones")
         lines: tuple[str, ...] = ()
         if low < 0 or high > 1:
             # The threshold of the in-batch term is a half; orders and correlations do not change.
@@ -56,9 +60,11 @@ class AngleObjective(Objective):
         self.require_rows(len(split.train), pairs)
         return self._data(split.train, split.queries, lines, {"scores": "of the data", "range": [low, high]})
 
-    def _data(self, rows: list[Row], held_out: list[Row], lines: tuple[str, ...], facts: dict[str, Any]) -> Data:
+    def _data(
+        self, rows: list[ScoredPair], held_out: list[ScoredPair], lines: tuple[str, ...], facts: dict[str, Any]
+    ) -> Data:
         if len({score for *_, score in held_out}) == 1:
-            raise DemoError(
+            raise UserError(
                 f"all {len(held_out)} held-out pairs have the same score, which no order can be compared with: wanted "
                 "more data, or other scores"
             )
@@ -66,6 +72,7 @@ class AngleObjective(Objective):
         return Data(rows, Correlation(held_out), lines, facts | {"train": len(rows), "held_out": len(held_out)})
 
     def loss(self, model: SentenceTransformer, side: str) -> nn.Module:
+        """Returns the loss of one of ``SIDES``, with the options that make both compute the same."""
         losses = importlib.import_module(SIDES[side])
         if side == "sbert-kernels":
             return self._within_matryoshka(model, losses, losses.AnglEObjective(model, **AS_STOCK))
@@ -77,22 +84,24 @@ class AngleObjective(Objective):
         return OneAfterTheOther({name: self._within_matryoshka(model, losses, term) for name, term in terms.items()})
 
     def training_loss(self, model: SentenceTransformer) -> nn.Module:
+        """Returns AnglEObjective with its own defaults."""
         losses = importlib.import_module(SIDES["sbert-kernels"])
         return self._within_matryoshka(model, losses, losses.AnglEObjective(model))
 
     def _within_matryoshka(self, model: SentenceTransformer, losses: Any, loss: nn.Module) -> nn.Module:
-        dims = self.options.matryoshka_dims(model.get_embedding_dimension())
+        dims = self.options.trained_dims(dim_of(model))
         return losses.MatryoshkaLoss(model, loss, list(dims)) if dims else loss
 
 
 class OneAfterTheOther(nn.Module):
-    """Losses that each encode the batch for themselves; the Trainer sums and logs them."""
+    """Runs losses that each encode the batch for themselves; the Trainer sums and logs them."""
 
     def __init__(self, losses: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.losses = nn.ModuleDict(losses)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
+        """Returns the value of each loss by its name."""
         columns = list(sentence_features)
         # A model writes its outputs into the features: each loss gets its own.
         return {name: loss([dict(column) for column in columns], labels) for name, loss in self.losses.items()}

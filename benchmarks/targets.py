@@ -1,0 +1,121 @@
+"""Which of the project's targets a run of ``bench gpu`` meets, and where the cost model took the slower strategy.
+
+python -m benchmarks.targets benchmarks/results/h200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sbert_kernels.bench import gpu_peers
+from sbert_kernels.bench.cases.gpu import KINDS
+from sbert_kernels.bench.gpu_jobs import NOT_RUN
+
+NOISE = 1.02  # ratios below are no choice of the wrong strategy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Holds a target, if it is met (None: not measured), and what was found."""
+
+    target: str
+    met: bool | None
+    found: str
+
+    @property
+    def word(self) -> str:
+        """Returns the verdict in one word or two."""
+        return {True: "pass", False: "FAIL", None: "not measured"}[self.met]
+
+
+def verdicts(rows: Mapping[str, Sequence[Mapping[str, Any]]], gpu: str) -> list[Verdict]:
+    """Returns what the rows of the reports, by kind, say of each target. Rows of ours that broke meet none."""
+    in_batch_rows, memory_rows = rows.get("contrastive", ()), rows.get("memory", ())
+    times = [*in_batch_rows, *rows.get("losses", ())]
+
+    def central(row: Mapping[str, Any]) -> bool:
+        return (row.get("N"), row.get("D"), row.get("dtype")) == (65536, 768, "bfloat16")
+
+    main = next(filter(central, in_batch_rows), {})
+    memory = next((row for row in memory_rows if row.get("N") == 65536), {})
+    found = []
+    if "H100" in gpu or "H200" in gpu:
+        where = "N=65536 D=768 bfloat16"
+        found.append(_bounded(f"{where}: 2.5 times as fast as eager", main, "eager/ours", least=2.5))
+        found.append(_bounded(f"{where}: 60% of the GEMM rate", main, "% of GEMM", least=60.0))
+        found.append(_bounded(f"{where}: at most 1536 MiB extra", memory, "ours MiB", most=1536.0))
+    for peer in ("compiled", *gpu_peers.PEERS):
+        large = [row for row in in_batch_rows if row.get("N", 0) >= 4096]
+        found.append(_fastest(f"faster than {peer} at every N >= 4096", large, peer))
+    whole = [row for row in in_batch_rows if row.get("N") == 262144 and _ran(row)]
+    broken = [row["case"] for row in whole if not _number(row["ours ms"])]
+    names = ", ".join(broken or [row["case"] for row in whole]) or "-"
+    found.append(Verdict("N=262144 runs", not broken if whole else None, names))
+    found.append(_fastest("never slower than eager at N >= 1024", [r for r in times if r.get("N", 0) >= 1024], "eager"))
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _ran(row: Mapping[str, Any]) -> bool:
+    """True if there was time for ours."""
+    return not str(row["ours ms"]).startswith(NOT_RUN)
+
+
+def _bounded(
+    target: str, row: Mapping[str, Any], key: str, least: float = -math.inf, most: float = math.inf
+) -> Verdict:
+    value = row.get(key, math.nan)
+    if not _number(value):
+        return Verdict(target, False if "note" in row else None, row.get("note", "-"))
+    return Verdict(target, least <= value <= most, f"{value:.3g}")
+
+
+def _fastest(target: str, rows: Sequence[Mapping[str, Any]], peer: str) -> Verdict:
+    """Returns the verdict over every row in which the peer has a time."""
+    compared = [row for row in rows if _number(row.get(f"{peer} ms")) and _ran(row)]
+    if not compared:
+        return Verdict(target, None, "-")
+    ratios = {row["case"]: row[f"{peer} ms"] / row["ours ms"] if _number(row["ours ms"]) else 0.0 for row in compared}
+    worst = min(ratios, key=ratios.__getitem__)
+    text = f"at least {ratios[worst]:.3g} times, in {len(ratios)} cases; the least at {worst}"
+    return Verdict(target, ratios[worst] >= 1, text)
+
+
+def wrong_choices(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each row in which the cost model took the slower strategy."""
+    return [
+        f"{row['case']}: took {row['chosen']}, {row['faster']} is {row['chosen/faster']:.2f} times as fast"
+        for row in rows
+        if row.get("chosen/faster", math.nan) > NOISE
+    ]
+
+
+def main() -> None:
+    """Reads the reports in a folder that ``bench gpu`` wrote, and prints the verdicts."""
+    parser = argparse.ArgumentParser(description="Says which targets a run of `bench gpu` meets.")
+    parser.add_argument("folder", type=Path, help="what --output of `bench gpu` named")
+    folder = parser.parse_args().folder
+    files = {kind: folder / f"gpu-{kind}.json" for kind in KINDS}
+    reports = {kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items() if file.is_file()}
+    if not reports:
+        raise SystemExit(f"argument folder: got {folder}, wanted one with files such as {files['contrastive'].name}")
+    card = next(iter(reports.values()))["machine"]["gpu"]
+    rows = {kind: report["rows"] for kind, report in reports.items()}
+    print(card)
+    for verdict in verdicts(rows, card):
+        print(f"  {verdict.word}: {verdict.target} ({verdict.found})")
+    for line in wrong_choices(rows.get("contrastive", ())):
+        print(f"  the cost model took the slower strategy: {line}")
+
+
+if __name__ == "__main__":
+    main()
