@@ -37,12 +37,14 @@ class OperandPlan:
     """Says how a set of vectors is brought into the form that the kernels read, and what is kept for its gradient."""
 
     rows: int
-    row_stride: int
-    dtype: torch.dtype  # that they are converted to
-    unit_length: bool  # they are divided by their norms first: norms as factors of fp16 weights could leave its range
-    cosine: bool  # inverse norms are needed
-    need: bool  # a gradient is
-    radial: bool  # so is its radial part for each prefix, which `norms_backward` can't compute
+    row_stride: int  # from one row to the next, in numbers
+    dtype: torch.dtype  # the vectors are converted to it
+    unit_length: bool  # the vectors are divided by their norms first, as fp16 weights times inverse norms may overflow
+    cosine: bool  # the inverse norms are computed
+    need: bool  # the gradient is computed
+    radial: (
+        bool  # the radial part of the gradient of each prefix is kept: `norms_backward` finds it for one prefix only
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ChunkPlan:
     begin: int
     end: int
     sweeps: tuple[SweepPlan, ...]
-    # The product is the first that is written to the gradient of the term's columns, and writes all of it.
+    # For each term: its product is the first for the gradient of its columns, and writes all of it instead of adding.
     overwrites: tuple[bool, ...]
 
 
@@ -107,16 +109,16 @@ class SoftmaxPlan:
     """Says how the terms of one softmax are computed."""
 
     terms: tuple[TermPlan, ...]
-    add: bool  # to the loss of the softmaxes before it
+    add: bool  # its losses are added to those of the softmaxes before it
     unshifted: bool  # exp(z) is the weight; the chunks' sweeps find the row sums
     statistics: tuple[SweepPlan, ...]  # over all rows; empty if the chunks' sweeps find them
     chunks: tuple[ChunkPlan, ...]  # empty without gradients
-    weight_entries: tuple[int, ...]  # room for the weights of the largest chunk, term by term
+    weight_entries: tuple[int, ...]  # memory for the weights of the largest chunk, in numbers, term by term
     kept: tuple[str, ...]  # (K, N) outputs of `softmax_statistics` that the weights need
     positives: tuple[str, ...]  # positive pairs, one or two: "positive", "gathered_positive"
-    d_positives: tuple[str | None, str | None]  # the vectors that get their gradients; (.., None): both get one
-    add_d_positive: bool  # to the gradient from the softmaxes before it
-    online: bool  # sweeps search for the maximum of each row
+    d_positives: tuple[str | None, str | None]  # where their gradients go; (name, None): both into one
+    add_d_positive: bool  # the gradient of the first positive pair is added to that from the softmaxes before it
+    online: bool  # sweeps find the maximum of each row on the way, to subtract it
     duplicates_are_positive: bool  # in some term
     radial: bool  # the sweeps that write weights find the radial part of the gradient of each prefix, too
 
@@ -132,7 +134,7 @@ class Plan:
     prefix_weights: tuple[float, ...]  # as parts of the largest
     largest_weight: float
     n: int
-    width: int  # of the embeddings, of which prefixes may leave a rest without gradient
+    width: int  # of the embeddings; entries beyond the longest prefix have no gradient
     row_offset: int
     eps: float
     zero_norm_gives_zero: bool
@@ -210,7 +212,7 @@ def joined_dtype(parts: Sequence[Tensor]) -> torch.dtype:
 
 
 class _Planner:
-    """What the parts of a plan are made of."""
+    """Decides the parts of a plan, and holds what several of them need."""
 
     def __init__(self, problem: ContrastiveProblem, needs: Needs, target: Target, variant: int) -> None:
         self.problem, self.needs, self.target, self.variant = problem, needs, target, variant
@@ -287,7 +289,7 @@ class _Planner:
             if term.term.positive is not None
         )
         d_positives: tuple[str | None, str | None] = (None, None)
-        if gradients:
+        if gradients:  # each softmax has a positive pair: validation sees to that
             d_positives = (positives[0], None if len(set(positives)) == 1 else positives[1])
         weighted = problem.weights is not None or self.prefix_weights != (1.0,)
         kept = {
