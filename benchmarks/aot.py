@@ -3,7 +3,7 @@
 The host code runs on tensors without memory and lists its launches; each is compiled for each target as Triton's own
 launcher would, and read back: registers, spills, shared memory, occupancy, tensor-core instructions and loads of the
 hottest loop (the shortest stretch between a backward branch and its target that holds them). Then the roofline times
-that follow from the counts of operations and bytes (`backends/triton/cost_model.py`).
+that follow from the counts of operations and bytes (`backends/triton/contrastive/cost_model.py`).
 
     python -m benchmarks.aot [--quick]
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sbert_kernels import machine, settings
+from sbert_kernels.backends.triton.targets import BY_ARCH, BY_NAME
 from sbert_kernels.bench import arguments, harness
 from sbert_kernels.bench.report import Report
 
@@ -40,10 +41,6 @@ KINDS = {
     **{name: (dtype, None) for name, dtype in DTYPES.items()},
     **{name: (torch.float32, name) for name in ("tf32", "tf32x3", "bfloat16x3")},
 }
-# Bytes of shared memory a block may have, registers and threads of a multiprocessor, blocks at a time.
-SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
-SHARED_OF_ALL = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100, "gfx942": 64}
-THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536, "gfx942": 2048}
 TENSOR_CORES = re.compile(r"\b(HMMA|IMMA|HGMMA|GMMA|UTC\w*MMA|OMMA|QMMA|v_mfma)[\w.]*", re.IGNORECASE)
 LOADS = re.compile(r"\b(LDGSTS|LDG|UTMALDG|UBLKCP|global_load|buffer_load)[\w.]*", re.IGNORECASE)
 FMA = re.compile(r"\b(FFMA2?|v_(?:pk_)?fmac?_f32|v_dot\w*)[\w.]*")
@@ -81,7 +78,7 @@ class Compiled:
         faults = []
         if self.spills:
             faults.append(f"{self.spills} spills")
-        if self.shared > SHARED[arch] * 1024:
+        if self.shared > BY_ARCH[arch].shared_kib * 1024:
             faults.append(f"{self.shared} bytes of shared memory")
         # Products of float32 have none, and Triton uses none of sm_75.
         if self.has_dot and not self.dots and self.products != "float32" and arch != 75:
@@ -278,7 +275,7 @@ def _once(seen: set[Any], serves: str, launch: Any) -> Iterator[tuple[str, Any]]
             return argument.dtype
         return (type(argument), argument == 1, argument % 16 == 0) if isinstance(argument, int) else type(argument)
 
-    key = (launch.kernel.__name__, tuple(map(kind, launch.arguments)), str(launch.constants), launch.config)
+    key = (launch.kernel.__name__, tuple(map(kind, launch.arguments.values())), str(launch.constants), launch.config)
     if key not in seen:
         seen.add(key)
         yield serves, launch
@@ -317,7 +314,7 @@ def compiled(target: str, serves: str, launch: Any) -> Compiled:
     backend, kernel = make_backend(gpu), launch.kernel
     options = launch.config.options(backend_name)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*launch.arguments, **launch.constants, **options)
+    bound, specialization, _ = bind(**launch.arguments, **launch.constants, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, None)
     binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
     text = _assembly(binary, backend_name)
@@ -354,15 +351,14 @@ def compiled(target: str, serves: str, launch: Any) -> Compiled:
 def _work_of_a_tile(launch: Any) -> dict[str, float]:
     if "PRECISION" not in launch.constants:
         return {"tile_flops": 0.0, "tile_bytes": 0.0}
-    arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
-    own, other = launch.config["BLOCK_OWN"], launch.config["BLOCK_OTHER"]
+    arguments = launch.arguments
+    a, b = launch.config["BLOCK_A"], launch.config["BLOCK_B"]
     d = launch.constants["DIMS"][-1]
     of_gradient = launch.config["BLOCK_S"] if arguments["gradient"] is not None else 0
     guide = launch.constants["GUIDE_D"]
     return {
-        "tile_flops": 2.0 * own * other * (d + of_gradient + guide),
-        "tile_bytes": float((own + other) * d + other * of_gradient) * arguments["own"].dtype.itemsize
-        + 4.0 * (own + other) * guide,
+        "tile_flops": 2.0 * a * b * (d + of_gradient + guide),
+        "tile_bytes": float((a + b) * d + b * of_gradient) * arguments["a"].dtype.itemsize + 4.0 * (a + b) * guide,
     }
 
 
@@ -410,11 +406,11 @@ def _resources(binary: Any, text: str, backend: str) -> tuple[int, int]:
 
 def _occupancy(arch: int | str, registers: int, shared: int, threads: int) -> float:
     """Blocks that fit at once, in threads, over those that a multiprocessor holds."""
-    registers_of_all = 4 * 512 * 64 if arch == "gfx942" else 65536
+    gpu = BY_ARCH[arch]
     granted = -(-max(registers, 1) // 8) * 8
-    by_registers = registers_of_all // (granted * threads)
-    by_shared = SHARED_OF_ALL[arch] * 1024 // (shared + (0 if arch == "gfx942" else 1024)) if shared else 32
-    return min(by_registers, by_shared, THREADS[arch] // threads) * threads / THREADS[arch]
+    by_registers = gpu.registers // (granted * threads)
+    by_shared = gpu.shared_of_all_kib * 1024 // (shared + (0 if gpu.backend == "hip" else 1024)) if shared else 32
+    return min(by_registers, by_shared, gpu.threads // threads) * threads / gpu.threads
 
 
 def _hottest_loop(text: str) -> str:
@@ -447,23 +443,21 @@ def _width(instruction: str) -> int:
 
 def roofline_rows() -> Iterator[dict[str, Any]]:
     """Milliseconds of a forward and backward pass at the full rates of a card, and as the cost model expects them."""
-    from sbert_kernels.backends.triton import cost_model
+    from sbert_kernels.backends.triton.contrastive import cost_model
 
     for card_name in ("A100", "H100", "H200", "B200", "L4", "RTX 4090"):
-        card = cost_model.CARDS[card_name]
+        gpu = BY_NAME[card_name]
         for kind, size in (("half", 2), ("fp32", 4)):
             for rows in (8192, 65536):
                 for dim in (384, 768, 1024):
                     row: dict[str, Any] = {"card": card_name, "products": kind, "N": rows, "D": dim}
-                    floor = 6.0 * rows * rows * dim / getattr(card, kind)
+                    floor = 6.0 * rows * rows * dim / gpu.peak(kind)
                     row["three products ms"] = floor * 1e3
                     for strategy in ("tiled", "chunked"):
                         work = cost_model.accounting(rows, rows, (dim,), size, strategy, fma=kind == "fp32")
                         flops = work.sweep_flops + work.vendor_flops
-                        row[f"{strategy} roofline ms"] = 1e3 * max(
-                            flops / getattr(card, kind), work.bytes / card.bandwidth
-                        )
-                        row[f"{strategy} expected ms"] = 1e3 * work.seconds(card, kind)
+                        row[f"{strategy} roofline ms"] = 1e3 * max(flops / gpu.peak(kind), work.bytes / gpu.bandwidth)
+                        row[f"{strategy} expected ms"] = 1e3 * work.seconds(gpu, kind)
                     yield row
 
 

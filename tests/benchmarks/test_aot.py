@@ -32,7 +32,7 @@ def kernels() -> list[aot.Compiled]:
 def test_nothing_spills_and_products_are_the_tensor_cores(target: str, kernels: list[aot.Compiled]) -> None:
     found = [kernel for kernel in kernels if kernel.target == target]
     assert {kernel.kernel for kernel in found} == {
-        "prepare", "sweep", "combine", "finish", "rank", "pair_scores", "pair_gradients"
+        "norms_forward", "sweep", "softmax_statistics", "norms_backward", "rank", "pair_scores", "pair_gradients"
     }  # fmt: skip
     assert not [(kernel.serves, kernel.faults) for kernel in found if kernel.faults]
     for kernel in found:
@@ -51,7 +51,7 @@ import dataclasses
 from benchmarks import aot
 from sbert_kernels.backends.triton import launching
 serves, launch = next(x for x in aot.launches_of("sm_80", True) if x[1].kernel.__name__ == "sweep")
-tiles = tuple({**dict(launch.config.tiles), "BLOCK_OWN": 256, "BLOCK_OTHER": 256}.items())
+tiles = tuple({**dict(launch.config.tiles), "BLOCK_A": 256, "BLOCK_B": 256}.items())
 launch = dataclasses.replace(
     launch, config=launching.Config(tiles, 8, 3), constants=launch.constants | dict(tiles)
 )

@@ -25,6 +25,21 @@ def test_every_name_of_stock_is_there(package: ModuleType, name: str) -> None:
     assert losses.__all__.count(name) == 1
 
 
+OURS = [name for name in losses.__all__ if getattr(losses, name).__module__.startswith("sbert_kernels.losses.")]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_loss_documents_its_inputs_its_arguments_and_an_example(name: str) -> None:
+    cls = getattr(losses, name)
+    text = inspect.getdoc(cls) or ""
+    assert "\nInputs:\n" in text
+    assert "\nExample:\n" in text
+    arguments = re.search(r"\nArgs:\n((?: .*\n|\n(?= ))+)", text + "\n")
+    assert arguments is not None
+    _, *options = inspect.signature(cls.__init__).parameters
+    assert not [option for option in options if not re.search(rf"\b{option}\b", arguments.group(1))]
+
+
 def test_star_and_named_imports() -> None:
     found: dict[str, Any] = {}
     exec("from sbert_kernels.losses import *", found)

@@ -55,7 +55,7 @@ def take(value: Any, rows: np.ndarray) -> Any:
     """Returns the entries of some rows, in the same type and as copies: a module may write into what it is given."""
     if isinstance(value, np.ndarray):
         return value[rows]
-    entries = [_own(value[row]) for row in rows.tolist()]
+    entries = [_copied(value[row]) for row in rows.tolist()]
     return tuple(entries) if isinstance(value, tuple) else entries
 
 
@@ -90,7 +90,7 @@ def as_bytes(value: Any, row: int) -> bytes:
         return f"{id(value)}, {row}".encode()
 
 
-def _own(entry: Any) -> Any:
+def _copied(entry: Any) -> Any:
     return entry.clone() if isinstance(entry, Tensor) else entry
 
 

@@ -24,17 +24,17 @@ def backward_to_embeddings(loss: Tensor, embeddings: Sequence[Tensor]) -> Tensor
     """
     wanted = [embedding for embedding in embeddings if embedding.requires_grad]
     ids = {id(embedding) for embedding in wanted}
-    own = [leaf for leaf in leaves_of(loss, {rep.grad_fn for rep in wanted}) if id(leaf) not in ids]
-    if not wanted and not own:
+    others = [leaf for leaf in leaves_of(loss, {rep.grad_fn for rep in wanted}) if id(leaf) not in ids]
+    if not wanted and not others:
         loss.backward()  # raises torch's own error
     # The caller's autocast is meant for forward passes; here it would cast products that the loss computed in float32.
     with without_autocast(loss.device):
-        gradients = torch.autograd.grad(loss, [*wanted, *own], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [*wanted, *others], allow_unused=True)
     found = [(rep, gradient) for rep, gradient in zip(wanted, gradients, strict=False) if gradient is not None]
     if found:
         torch.autograd.backward([rep for rep, _ in found], [gradient for _, gradient in found])
     loss = loss.detach()
-    for leaf, gradient in zip(own, gradients[len(wanted) :], strict=True):
+    for leaf, gradient in zip(others, gradients[len(wanted) :], strict=True):
         if gradient is not None:
             loss = loss + ((leaf - leaf.detach()) * gradient).sum()
     return loss

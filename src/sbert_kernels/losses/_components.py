@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..values import dry
 
-# What a training loop of one's own calls or reads of a loss. It is passed on to the sum of the terms.
+# What a user's training loop calls or reads of a loss. It is passed on to the sum of the terms.
 OF_THE_SUM = frozenset(
     ("backward", "item", "detach", "tolist", "numpy", "cpu", "mean", "sum", "isnan", "isinf", "isfinite", "dim")
 ) | {"numel", "dtype", "device", "shape", "requires_grad", "grad_fn"}
@@ -23,7 +23,7 @@ ADDED = "added_by_wrapper"
 class Components(dict[str, Tensor]):
     """Holds the terms of a loss, 0-d tensors by name. The loss is their sum. The Trainer takes and logs them so.
 
-    A script of one's own may treat it as a tensor (``loss.backward()``, ``loss.item()``, ``float(loss)``, ...), which
+    A user's script may treat it as a tensor (``loss.backward()``, ``loss.item()``, ``float(loss)``, ...), which
     then means the sum. A gradient scaler takes tensors only: ``scaler.scale(loss.total())``.
 
     It can be multiplied or divided by a number and added to a number or to other terms, as MatryoshkaLoss and

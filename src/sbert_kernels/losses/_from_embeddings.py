@@ -112,6 +112,6 @@ def _standing_in(model: nn.Module, loss: str) -> nn.Module:
 
     module = model.__new__(type(model))
     # The model's hooks and its compiled form are not for this forward pass.
-    own = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-    vars(module).update(vars(model) | own | {"_compiled_call_impl": None})
+    replaced = {"forward": forward, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    vars(module).update(vars(model) | replaced | {"_compiled_call_impl": None})
     return module

@@ -83,12 +83,12 @@ def average_over_ranks(values: Sequence[Tensor], ours: Sequence[bool]) -> None:
     if device.type == "cpu" and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     missing = torch.zeros((), dtype=torch.float64, device=device)
-    own = torch.stack([missing if v.grad is None else v.grad.detach().reshape(()).to(missing) for v in values])
+    gradients = torch.stack([missing if v.grad is None else v.grad.detach().reshape(()).to(missing) for v in values])
     flags = torch.tensor([[v.grad is not None for v in values], list(ours)], dtype=torch.float64)
     # The copy must not wait for the GPU.
-    packed = torch.cat([own[None], flags.to(device, non_blocking=True)])  # (3, values)
+    packed = torch.cat([gradients[None], flags.to(device, non_blocking=True)])  # (3, values)
     dist.all_reduce(packed)
-    means = torch.where(packed[2] > 0, packed[0] / dist.get_world_size(), own)
+    means = torch.where(packed[2] > 0, packed[0] / dist.get_world_size(), gradients)
     wanted = [True] * len(values)
     if any(v.grad is None for v in values):  # only then, as reading waits for a GPU
         wanted = (packed[1:] > 0).all(dim=0).tolist()

@@ -97,12 +97,13 @@ def _wraps(loss: nn.Module, model: nn.Module) -> bool:
     """
     children = [(key, child) for key, child in loss._modules.items() if child is not None and child is not model]
     inner = [key for key, child in children if model in child._modules.values()]
-    return any(not uses_gradient_cache(loss) or key in inspect.signature(type(loss)).parameters for key in inner)
+    arguments = inspect.signature(type(loss).__init__).parameters
+    return any(not uses_gradient_cache(loss) or key in arguments for key in inner)
 
 
 def _without_cache(loss: nn.Module) -> str:
     """Returns what the user has to do to get the same loss without a gradient cache."""
-    options = inspect.signature(type(loss)).parameters
+    options = inspect.signature(type(loss).__init__).parameters
     if "use_mini_batched_version" in options:
         return "give it use_mini_batched_version=False"
     if "mini_batch_size" in options and options["mini_batch_size"].default is None:

@@ -215,7 +215,10 @@ class AnglEObjective(WeightedLoss):
             pairs = [torch.cat([anchors] * len(columns)), torch.cat(columns)]
             return {name: loss.compute_loss_from_embeddings(pairs, labels) for name, loss in losses.items()}
         scores = pairwise_similarity(anchors, columns, similarities)
-        return {name: loss.rank_scores(own, labels) for (name, loss), own in zip(losses.items(), scores, strict=True)}
+        return {
+            name: loss.rank_scores(of_loss, labels)
+            for (name, loss), of_loss in zip(losses.items(), scores, strict=True)
+        }
 
     def _check_threshold(self, labels: Tensor) -> None:
         """Logs once if scores are above 1, which is not the scale that the threshold is meant for."""

@@ -156,8 +156,8 @@ class CachedMultipleNegativesRankingLoss(GradientCached, DropIn, StockLoss):
         """
         parts = [part for column in reps for part in column]
         inner = self.loss
-        stock_s = len(reps) < 2 or (prefixes is WHOLE and not self.serves(parts))
-        if stock_s or not isinstance(inner, MultipleNegativesRankingLoss):
+        by_stock = len(reps) < 2 or (prefixes is WHOLE and not self.serves(parts))
+        if by_stock or not isinstance(inner, MultipleNegativesRankingLoss):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         loss = inner.compute_loss([torch.cat(column) for column in reps], labels, stock_module, prefixes)
         return backward_to_embeddings(loss, parts) if with_backward else loss
@@ -255,5 +255,6 @@ with warnings.catch_warnings():
                 gather_across_devices,
                 show_progress_bar,
             )
-            vars(self.loss)["duplicates"] = check_duplicates(duplicates)
+            assert isinstance(self.loss, MultipleNegativesRankingLoss)  # as __init__ has made it
+            self.loss.duplicates = check_duplicates(duplicates)
             self._set_cache_options(packing, unique_rows, activation_budget)

@@ -47,18 +47,14 @@ def recorded(problem: Any, needs: Needs = NEEDS, target: str = "sm_90") -> tuple
 
 def sweeps_of(launches: list[Any]) -> list[tuple[dict[str, Any], Any]]:
     """(arguments by name, launch) of those of the kernel with matrix products."""
-    return [
-        (dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), launch)
-        for launch in launches
-        if launch.kernel.__name__ == "sweep"
-    ]
+    return [(launch.arguments, launch) for launch in launches if launch.kernel.__name__ == "sweep"]
 
 
 def sweep_flops(launches: list[Any]) -> float:
     """Of the similarities once for each slice of a gradient, and of the gradient."""
     total = 0.0
     for arguments, launch in sweeps_of(launches):
-        product = 2.0 * arguments["n_own"] * arguments["n_other"] * launch.constants["DIMS"][-1]
+        product = 2.0 * arguments["n_a"] * arguments["n_b"] * launch.constants["DIMS"][-1]
         total += product * launch.grid[1] + (product if arguments["gradient"] is not None else 0.0)
     return total
 
@@ -75,7 +71,7 @@ def test_no_value_is_read_back(case: aot.Case, strategy: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", ["plain", "online", "negatives", "matryoshka", "no gradient"])
 def test_operations_are_those_of_the_cost_model(case: str, dtype: torch.dtype, dim: int, strategy: str) -> None:
-    from sbert_kernels.backends.triton import cost_model
+    from sbert_kernels.backends.triton.contrastive import cost_model
 
     (found,) = (c for c in aot.CASES if c.name == case)
     if strategy not in found.strategies:
@@ -98,7 +94,7 @@ def test_operations_are_those_of_the_cost_model(case: str, dtype: torch.dtype, d
 
 def test_bytes_of_the_weights_are_those_of_the_cost_model() -> None:
     """Each weight is written once and read twice; each chunk reads and writes the columns' gradient."""
-    from sbert_kernels.backends.triton import cost_model
+    from sbert_kernels.backends.triton.contrastive import cost_model
 
     n = m = 8192
     problem = aot.problem_of(aot.CASES[0], torch.bfloat16, 384, rows=n)
@@ -118,11 +114,12 @@ def test_bytes_of_the_weights_are_those_of_the_cost_model() -> None:
 def test_the_strategy_follows_from_the_shape() -> None:
     """Short vectors leave a matrix of weights as the most that there is to move; long ones, products."""
     from sbert_kernels.backends.triton import contrastive, launching
+    from sbert_kernels.backends.triton.contrastive import strategy
 
     def chosen(dim: int, dtype: torch.dtype, target: str) -> str:
         problem = aot.problem_of(aot.CASES[0], dtype, dim, rows=65536)
         with launching.recording(launching.Target(*aot.TARGETS[target])):
-            seconds = contrastive.predicted_seconds(problem, NEEDS, launching.target_of(problem.device))
+            seconds = strategy.predicted_seconds(problem, NEEDS, launching.target_of(problem.device))
             choice = contrastive.choose_strategy(problem, NEEDS)
             assert choice == min(seconds, key=seconds.__getitem__)
             assert contrastive.choose_strategy(problem, Needs()) == "tiled"
@@ -161,14 +158,15 @@ def test_the_strategy_asked_for_says_what_it_does_not_do(caplog: pytest.LogCaptu
 
 
 def test_products_that_a_gpu_lacks_are_replaced_with_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    from sbert_kernels.backends.triton import launching, operands
+    from sbert_kernels.backends.triton import launching
+    from sbert_kernels.backends.triton.contrastive import precision
 
     found = {}
     for name in ("sm_75", "gfx942", "sm_90"):
         for products in ("tf32", "bfloat16"):
             with settings.override(matmul=products):
                 target = launching.Target(*aot.TARGETS[name])
-                found[name, products] = [operands.choose_products({torch.float32}, target).name for _ in range(2)]
+                found[name, products] = [precision.choose_precision({torch.float32}, target).name for _ in range(2)]
     lacking = {("sm_75", "tf32"): "float32", ("sm_75", "bfloat16"): "float32", ("gfx942", "tf32"): "bfloat16x3"}
     assert found == {key: [lacking.get(key, key[1])] * 2 for key in found}
     assert [record.message for record in caplog.records] == [
@@ -189,18 +187,19 @@ def test_prefixes_share_one_sweep_unless_their_weights_stay_on_the_chip() -> Non
 
 @pytest.fixture
 def forgotten(interpreted: None) -> Iterator[None]:
-    from sbert_kernels.backends.triton import tuning
+    from sbert_kernels.backends.triton import autotune
 
-    tuning._fastest.clear()
+    autotune._fastest.clear()
     yield
-    tuning._fastest.clear()
+    autotune._fastest.clear()
 
 
 @pytest.mark.usefixtures("forgotten")
 def test_autotuning_runs_each_way_once_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    from sbert_kernels.backends.triton import contrastive, tuning
+    from sbert_kernels.backends.triton import autotune, contrastive
+    from sbert_kernels.backends.triton.contrastive import tiles
 
     computed, ran = contrastive._computed, []
 
@@ -215,19 +214,19 @@ def test_autotuning_runs_each_way_once_for_each_kind_of_call(monkeypatch: pytest
         return contrastive_loss(queries, documents, backend="triton", **options)
 
     monkeypatch.setattr(contrastive, "_computed", spy)
-    monkeypatch.setattr(tuning, "_seconds", lambda run, way, device: {("tiled", 1): 1.0}.get(way, 2.0))
+    monkeypatch.setattr(autotune, "_seconds", lambda run, way, device: {("tiled", 1): 1.0}.get(way, 2.0))
     expected = loss_of(20)
     assert len(ran) == 1  # only those who ask for it wait
     with settings.override(autotune=True):
         assert loss_of(20) == expected
-        assert set(ran) == {(strategy, variant) for strategy in settings.STRATEGIES for variant in tuning.VARIANTS}
+        assert set(ran) == {(strategy, variant) for strategy in settings.STRATEGIES for variant in tiles.VARIANTS}
         assert ran[-1] == ("tiled", 1)
         ran.clear()
         loss_of(21)
         assert ran == [("tiled", 1)]
         loss_of(40)
         loss_of(40, duplicates="mask", document_ids=torch.arange(40))
-        assert len(tuning._fastest) == 3
+        assert len(autotune._fastest) == 3
         with settings.override(strategy="chunked"):
             ran.clear()
             loss_of(20)
@@ -237,11 +236,11 @@ def test_autotuning_runs_each_way_once_for_each_kind_of_call(monkeypatch: pytest
 @pytest.mark.parametrize("variant", [1, 2, 3])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_other_tiles_are_others(target: str, variant: int) -> None:
-    from sbert_kernels.backends.triton import launching, tuning
+    from sbert_kernels.backends.triton import launching
+    from sbert_kernels.backends.triton.contrastive import precision, tiles
 
+    half = precision.MatmulPrecision("bfloat16", torch.bfloat16, fma=False)
     sizes = {
-        "fma": False,
-        "split": False,
         "statistics": True,
         "gradient": False,
         "masked": False,
@@ -249,7 +248,7 @@ def test_other_tiles_are_others(target: str, variant: int) -> None:
         "prefixes": 1,
     }
     where = launching.Target(*aot.TARGETS[target])
-    default, other = (tuning.sweep_config(where, 2, **sizes, width=16, variant=v) for v in (0, variant))
+    default, other = (tiles.sweep_config(where, half, **sizes, width=16, variant=v) for v in (0, variant))
     assert default != other
 
 

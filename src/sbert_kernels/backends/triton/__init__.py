@@ -20,10 +20,9 @@ from ...problems.pairwise import PairwiseGradients, PairwiseProblem
 from ...problems.ranking import Needs as RankingNeeds
 from ...problems.ranking import RankingProblem, RankingResult
 from .._backend import Backend, Problem
+from .targets import AMD_ARCHS, OLDEST_CAPABILITY
 
 OLDEST_TRITON = (3, 4)
-OLDEST_CAPABILITY = (7, 5)
-AMD = ("gfx942",)
 # Names that it is installed by; torch for ROCm and for Windows comes with a build of its own.
 DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
 
@@ -116,7 +115,8 @@ def _why_not_on_gpu(device: str, by_name: bool) -> str | None:
 
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(torch.device(device)).gcnArchName.partition(":")[0]
-        return None if name in AMD or by_name else f"the GPU is {name}, and the kernels are made for {', '.join(AMD)}"
+        made_for = f"the kernels are made for {', '.join(AMD_ARCHS)}"
+        return None if name in AMD_ARCHS or by_name else f"the GPU is {name}, and {made_for}"
     capability = torch.cuda.get_device_capability(torch.device(device))
     if capability < OLDEST_CAPABILITY:
         has, needed = (".".join(map(str, numbers)) for numbers in (capability, OLDEST_CAPABILITY))

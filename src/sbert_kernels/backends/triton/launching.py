@@ -1,7 +1,4 @@
-"""How kernels are started: on which device, for which target, and how a launch is looked at instead of run.
-
-A target is what code is compiled for. It decides the tile sizes (`tuning`), never the result beyond rounding.
-"""
+"""How kernels are started: by keyword, on the device of their tensors; or listed instead of run, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,34 +13,28 @@ import torch
 import triton
 from torch import Tensor
 
+from .targets import Target
+
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU's kind of code: ("cuda", 90) or ("hip", "gfx942"), and its number of multiprocessors."""
-
-    backend: str
-    arch: int | str
-    multiprocessors: int = 132
+"""True if this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and what the compiler needs to know of them; a kernel's `constexpr` of these names get them."""
+    """Holds the tile sizes of a launch, which a kernel has a `constexpr` of each name for, and compiler options."""
 
-    tiles: tuple[tuple[str, int], ...]  # ("BLOCK_M", 128), ...
+    tiles: tuple[tuple[str, int], ...]  # ("BLOCK_A", 128), ...
     num_warps: int
     num_stages: int
-    # A thread may have so many, which keeps the compiler of NVIDIA's from spilling some for the sake of occupancy.
+    # A thread may have so many, which keeps NVIDIA's compiler from spilling some for the sake of occupancy.
     registers: int | None = None
 
     def __getitem__(self, name: str) -> int:
+        """Returns the size of a tile by its name."""
         return dict(self.tiles)[name]
 
     def options(self, backend: str) -> dict[str, int]:
-        """What the compiler of a target's ``backend`` is told."""
+        """Returns the options for the compiler of a target's ``backend``."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if backend == "cuda" and self.registers is not None:
             options["maxnreg"] = self.registers
@@ -52,12 +43,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A start of a kernel that was recorded instead of run."""
+    """A start of a kernel that was listed instead of run."""
 
     kernel: Any  # triton.JITFunction
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]  # tensors, numbers, None: those that are not constexpr, in the kernel's order
-    constants: dict[str, Any]  # by name, with the tile sizes
+    arguments: dict[str, Any]  # tensors, numbers and None, by name, in the kernel's order
+    constants: dict[str, Any]  # its constexpr by name, with the tile sizes
     config: Config
 
 
@@ -66,7 +57,7 @@ _recorder: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("sbert_ke
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
-    """Within the block nothing runs: launches are listed, as they would be on that target. For tensors on "meta"."""
+    """Lists launches as they would be on a target, and runs none of them; for tensors on the device "meta"."""
     launches: list[Launch] = []
     token = _recorder.set((target, launches))
     try:
@@ -76,7 +67,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 
 def target_of(device: torch.device) -> Target:
-    """What kernels are compiled for on a device."""
+    """Returns the target that kernels are compiled for on a device; within `recording`, the target given there."""
     recorder = _recorder.get()
     if recorder is not None:
         return recorder[0]
@@ -93,23 +84,40 @@ def _target(index: int) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None, config: Config, **constants: Any
-) -> None:
-    """Start a kernel on the device of its first tensor, in that device's current stream.
+def launch(kernel: Any, grid: tuple[int, ...], *, config: Config, **arguments: Any) -> None:
+    """Starts a kernel on the device of its first tensor, in that device's current stream.
 
-    ``arguments`` are the kernel's ordinary ones in its order; ``constants`` its constexpr, beside the tile sizes.
+    Args:
+        kernel: The triton.JITFunction.
+        grid: How many programs; none where one of the numbers is 0.
+        config: Tile sizes, which the kernel gets by their names, and options of the compiler.
+        **arguments: All other parameters of the kernel, by name.
     """
-    constants = dict(config.tiles) | constants
+    arguments |= dict(config.tiles)
     recorder = _recorder.get()
     if recorder is not None:
-        recorder[1].append(Launch(kernel, grid, arguments, constants, config))
+        recorder[1].append(_listed(kernel, grid, config, arguments))
         return
     if 0 in grid:
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "cpu":  # the interpreter
-        kernel[grid](*arguments, **constants)
+        kernel[grid](**arguments)
         return
     with torch.cuda.device(device):
-        kernel[grid](*arguments, **constants, **config.options("hip" if torch.version.hip else "cuda"))
+        kernel[grid](**arguments, **config.options("hip" if torch.version.hip else "cuda"))
+
+
+def _listed(kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any]) -> Launch:
+    names = kernel.arg_names
+    if arguments.keys() != set(names):
+        wrong = sorted(arguments.keys() ^ set(names))
+        raise TypeError(f"{kernel.__name__} was launched without some of its parameters, or with others: {wrong}.")
+    constexpr = {name for name, annotation in kernel.fn.__annotations__.items() if "constexpr" in str(annotation)}
+    return Launch(
+        kernel,
+        grid,
+        {name: arguments[name] for name in names if name not in constexpr},
+        {name: arguments[name] for name in names if name in constexpr},
+        config,
+    )

@@ -1,4 +1,4 @@
-"""The pairwise operation: each embedding is read once for all scores of its pair, and once for its gradient.
+"""The pairwise operation in Triton kernels: an embedding is read once for all its scores, and once for its gradient.
 
 Formulas as in `backends/blockwise/pairwise.py`; sums in fp32. Traffic of a pair: 2 D numbers for the scores; for the
 gradients 2 D read (twice, the second time from the cache) and 2 D written.
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ...problems.pairwise import EPS, SIMILARITIES, PairwiseGradients, PairwiseProblem
 from .launching import Config, launch
-from .operands import with_unit_stride
+from .layout import with_unit_stride
 
 CONFIG = Config((("BLOCK_ROWS", 4), ("BLOCK_D", 128)), 4, 1)
 
 
 @triton.jit
 def _halves(rows, d, inside, HALF: tl.constexpr, D: tl.constexpr):
-    """Real and imaginary parts d of each row: (BLOCK_ROWS, BLOCK_D) twice."""
+    """Loads the real and the imaginary parts d of each row: (BLOCK_ROWS, BLOCK_D) twice."""
     real = tl.load(rows + d[None, :], mask=inside[:, None] & (d < HALF)[None, :], other=0.0)
     imaginary = tl.load(rows + HALF + d[None, :], mask=inside[:, None] & (HALF + d < D)[None, :], other=0.0)
     return real.to(tl.float32), imaginary.to(tl.float32)
@@ -30,7 +30,7 @@ def _halves(rows, d, inside, HALF: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _sums(x_rows, y_rows, inside, HALF: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x . y, what the angle adds to it, |x|^2, |y|^2: (BLOCK_ROWS,) each."""
+    """Returns x . y, what the angle adds to it, |x|^2 and |y|^2: (BLOCK_ROWS,) each."""
     dots = tl.zeros((BLOCK_ROWS,), tl.float32)
     sines = tl.zeros((BLOCK_ROWS,), tl.float32)
     x_squares = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -62,6 +62,7 @@ def pair_scores(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Computes the scores of each pair that have a pointer."""
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = index < n
     x_rows = x + index.to(tl.int64)[:, None] * x_stride
@@ -95,6 +96,7 @@ def pair_gradients(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Computes the gradients of x and y from those of the scores."""
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = index < n
     x_rows = x + index.to(tl.int64)[:, None] * x_stride
@@ -104,24 +106,24 @@ def pair_gradients(
     x_inverse, y_inverse = 1.0 / tl.maximum(x_norm, eps), 1.0 / tl.maximum(y_norm, eps)
     both = x_inverse * y_inverse
     direct = tl.zeros((BLOCK_ROWS,), tl.float32)
-    along = tl.zeros((BLOCK_ROWS,), tl.float32)
+    radial = tl.zeros((BLOCK_ROWS,), tl.float32)
     rotated = tl.zeros((BLOCK_ROWS,), tl.float32)
     if dot is not None:
         direct += tl.load(dot + index, mask=inside, other=0.0).to(tl.float32)
     if cos is not None:
         given = tl.load(cos + index, mask=inside, other=0.0).to(tl.float32)
         direct += given * both
-        along += given * dots * both
+        radial += given * dots * both
     if angle is not None:
         signed = (dots + sines) * both
         sign = tl.where(signed > 0.0, 1.0, tl.where(signed < 0.0, -1.0, 0.0))
         turned = tl.load(angle + index, mask=inside, other=0.0).to(tl.float32) * sign
         rotated += turned * both
         direct += rotated
-        along += turned * signed
+        radial += turned * signed
     # Below eps the divisor is a constant, and nothing flows through it.
-    x_along = tl.where(x_norm < eps, 0.0, along * x_inverse * x_inverse)[:, None]
-    y_along = tl.where(y_norm < eps, 0.0, along * y_inverse * y_inverse)[:, None]
+    x_radial = tl.where(x_norm < eps, 0.0, radial * x_inverse * x_inverse)[:, None]
+    y_radial = tl.where(y_norm < eps, 0.0, radial * y_inverse * y_inverse)[:, None]
     direct, rotated = direct[:, None], rotated[:, None]
     at = index.to(tl.int64)[:, None] * D
     for begin in range(0, HALF, BLOCK_D):
@@ -131,7 +133,7 @@ def pair_gradients(
         a, b = _halves(x_rows, d, inside, HALF, D)
         c, e = _halves(y_rows, d, inside, HALF, D)
         if x_gradient is not None:
-            real, imaginary = direct * c - rotated * e - x_along * a, direct * e + rotated * c - x_along * b
+            real, imaginary = direct * c - rotated * e - x_radial * a, direct * e + rotated * c - x_radial * b
             if ADD:
                 real += tl.load(x_gradient + at + d[None, :], mask=real_mask, other=0.0)
                 imaginary += tl.load(x_gradient + at + HALF + d[None, :], mask=imaginary_mask, other=0.0)
@@ -139,36 +141,37 @@ def pair_gradients(
             tl.store(x_gradient + at + d[None, :], real.to(kind), mask=real_mask)
             tl.store(x_gradient + at + HALF + d[None, :], imaginary.to(kind), mask=imaginary_mask)
         if y_gradient is not None:
-            real, imaginary = direct * a + rotated * b - y_along * c, direct * b - rotated * a - y_along * e
+            real, imaginary = direct * a + rotated * b - y_radial * c, direct * b - rotated * a - y_radial * e
             kind = y_gradient.dtype.element_ty
             tl.store(y_gradient + at + d[None, :], real.to(kind), mask=real_mask)
             tl.store(y_gradient + at + HALF + d[None, :], imaginary.to(kind), mask=imaginary_mask)
 
 
 def why_not(problem: PairwiseProblem | None) -> str | None:
-    """Why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
+    """Returns why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
     return "float64 is computed in torch ops" if problem is not None and problem.dtype == torch.float64 else None
 
 
 def pairwise(problem: PairwiseProblem) -> tuple[Tensor, ...]:
-    """The scores of each similarity, (C n)."""
+    """Returns the scores of each similarity, (C n)."""
     n = len(problem.x)
     shape = (len(problem.columns), n)
     scores = {name: problem.x.new_empty(shape, dtype=problem.dtype) for name in problem.similarities}
     for index in range(len(problem.columns)):
-        outputs = (scores[name][index] if name in scores else None for name in SIMILARITIES)
-        _launch(pair_scores, problem, index, *outputs)
+        outputs = {name: scores[name][index] if name in scores else None for name in SIMILARITIES}
+        _launch(pair_scores, problem, index, **outputs)
     return tuple(scores[name].view(-1) for name in problem.similarities)
 
 
 def pairwise_gradients(
     problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> PairwiseGradients:
-    """Gradients of x and of each column, where needed, from those of the scores."""
+    """Returns the gradients of x and of each column, where needed, from those of the scores."""
     n, (need_x, *need_columns) = len(problem.x), needs
     given = {
-        name: None if gradient is None else gradient.contiguous().view(len(problem.columns), n)
+        name: gradient.contiguous().view(len(problem.columns), n)
         for name, gradient in zip(problem.similarities, gradients, strict=True)
+        if gradient is not None
     }
 
     def empty(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,16 +184,28 @@ def pairwise_gradients(
     for index, column in enumerate(columns):
         if x is None and column is None:
             continue
-        flowing = (None if given.get(name) is None else given[name][index] for name in SIMILARITIES)
-        _launch(pair_gradients, problem, index, *flowing, x, column, ADD=index > 0)
+        flowing = {name: given[name][index] if name in given else None for name in SIMILARITIES}
+        _launch(pair_gradients, problem, index, **flowing, x_gradient=x, y_gradient=column, ADD=index > 0)
     return PairwiseGradients(None if x is None else x.to(problem.x.dtype), tuple(columns))
 
 
 def _launch(
-    kernel: triton.JITFunction, problem: PairwiseProblem, index: int, *vectors: Tensor | None, **flags: bool
+    kernel: triton.JITFunction, problem: PairwiseProblem, index: int, **arguments: Tensor | bool | None
 ) -> None:
+    """Launches a kernel for x and the column of an index; ``arguments`` are those of this kernel alone."""
     x, y = (with_unit_stride(v.detach()) for v in (problem.x, problem.columns[index]))
     n, dimension = x.shape
-    grid = (triton.cdiv(n, CONFIG["BLOCK_ROWS"]),)
-    constants = {"HALF": problem.half, "D": dimension, **flags}
-    launch(kernel, grid, x, x.stride(0), y, y.stride(0), n, EPS, *vectors, config=CONFIG, **constants)
+    launch(
+        kernel,
+        (triton.cdiv(n, CONFIG["BLOCK_ROWS"]),),
+        config=CONFIG,
+        x=x,
+        x_stride=x.stride(0),
+        y=y,
+        y_stride=y.stride(0),
+        n=n,
+        eps=EPS,
+        **arguments,
+        HALF=problem.half,
+        D=dimension,
+    )

@@ -1,15 +1,16 @@
-"""The ranking operation: a sort, two running sums, and gradients; one launch for up to 8192 pairs.
+"""The ranking operation in one Triton kernel: a sort, two running sums, and gradients; one launch for up to 8192 pairs.
 
 The formulas are those of `backends/blockwise/ranking.py`. Five phases, each of which needs all of the one before:
 
     sort       the labels as integers that keep their order, the pair's index in their last bits, in one block
     sums       of each chunk of sorted pairs: (maximum, sum of the exponentials below it) of z and of -z
     scan       of the chunk, from what the chunks before (after) it add up to: u and v of each place
-    pull       z + u and v - z, read at the ends of the run of equal labels, which a search finds; their sum
+    terms      z + u and v - z, read at the ends of the run of equal labels, which a search finds; their sum
     finish     loss and gradients
 
-Up to 8192 pairs one block does them all, with barriers between them: launches would cost more than they bring there.
-Beyond, and for labels that are not float32, `torch.sort` sorts, and each phase is a launch with a block a chunk.
+Up to 8192 pairs one block does them all, with barriers between them: there, launches would cost more than more blocks
+gain. For more pairs, and for labels that are not float32, `torch.sort` sorts, and each phase is a launch with a block a
+chunk.
 
 z, maxima and sums are float64, exponentials of their differences float32: large scales need the former, and on most
 cards the latter are many times as fast. Sums of exponentials stay pairs of maximum and sum, so that no logarithm is
@@ -17,6 +18,8 @@ taken but the loss's. Memory: 60 bytes a pair. Deterministic.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -29,12 +32,12 @@ from .launching import Config, launch
 MOST_IN_ONE_LAUNCH = 8192
 # Pairs that a block has in registers at once, in one launch of many warps and in many blocks of few.
 CHUNK_OF_ONE, CHUNK_OF_MANY = 512, 512
-SORT, SUMS, SCAN, PULL, FINISH = range(5)
+SORT, SUMS, SCAN, TERMS, FINISH = range(5)
 
 
 @triton.jit
 def _exponential(x):
-    """exp of float64 numbers, to the digits of float32: 2^whole 2^fraction, the fraction found in float64."""
+    """Returns exp(x) of float64 numbers, to float32's digits: 2^whole 2^fraction, the fraction found in float64."""
     power = x * 1.4426950408889634
     power = tl.where(power < -1000.0, -1000.0, tl.where(power > 1000.0, 1000.0, power))  # infinite ones, too
     whole = tl.floor(power)
@@ -43,13 +46,13 @@ def _exponential(x):
 
 @triton.jit
 def _base(top):
-    """What to subtract from numbers of at most ``top``, so that infinite ones stay what they are."""
+    """Returns what to subtract from numbers of at most ``top`` before exp(); 0 for infinite ones (inf - inf is NaN)."""
     return tl.where(tl.abs(top) == float("inf"), 0.0, top)
 
 
 @triton.jit
 def _add(a_max, a_sum, b_max, b_sum):
-    """Two sums of exponentials as one; each is sum * exp(max)."""
+    """Returns the total of two sums of exponentials; each of them is sum * exp(max)."""
     top = tl.maximum(a_max, b_max)
     base = _base(top)
     return top, a_sum * _exponential(a_max - base) + b_sum * _exponential(b_max - base)
@@ -57,14 +60,14 @@ def _add(a_max, a_sum, b_max, b_sum):
 
 @triton.jit
 def _sum(x, weight):
-    """The sum of weight exp(x) over a chunk, as (maximum, sum)."""
+    """Returns the sum of weight exp(x) over a chunk, as (maximum, sum)."""
     top = tl.max(x, 0)
     return top, tl.sum(weight * _exponential(x - _base(top)), 0)
 
 
 @triton.jit
 def _sum_of_chunks(maxima, sums, begin, end, PARTS: tl.constexpr):
-    """That of the chunks begin .. end."""
+    """Returns the total of the sums of the chunks begin .. end, as (maximum, sum)."""
     top, total = tl.full((), -float("inf"), tl.float64), tl.full((), 0.0, tl.float64)
     for first in range(begin, end, PARTS):
         chunk = first + tl.arange(0, PARTS)
@@ -76,7 +79,7 @@ def _sum_of_chunks(maxima, sums, begin, end, PARTS: tl.constexpr):
 
 @triton.jit
 def _sorted_pairs(scores, weights, order, place, inside):
-    """Pair, score, weight (of a pair that there is) at these places of the order: (CHUNK,) each."""
+    """Loads pair, score and weight at these places of the order, (CHUNK,) each; places beyond the end weigh 0."""
     pair = tl.load(order + place, mask=inside, other=0)
     score = tl.load(scores + pair, mask=inside, other=0.0).to(tl.float64)
     weight = tl.where(inside, 1.0, 0.0).to(tl.float64)
@@ -87,7 +90,7 @@ def _sorted_pairs(scores, weights, order, place, inside):
 
 @triton.jit
 def _count_below(labels, label, inside, n, steps, OR_EQUAL: tl.constexpr):
-    """How many of the n sorted labels are less than each label (OR_EQUAL: or equal to it)."""
+    """Returns how many of the n sorted labels are less than each label (OR_EQUAL: or equal to it)."""
     low, high = tl.zeros_like(label).to(tl.int32), tl.zeros_like(label).to(tl.int32) + n
     for _ in range(steps):
         middle = (low + high) >> 1
@@ -96,9 +99,9 @@ def _count_below(labels, label, inside, n, steps, OR_EQUAL: tl.constexpr):
             below = found <= label
         else:
             below = found < label
-        open_ = low < high
-        low = tl.where(open_ & below, middle + 1, low)
-        high = tl.where(open_ & ~below, middle, high)
+        searching = low < high
+        low = tl.where(searching & below, middle + 1, low)
+        high = tl.where(searching & ~below, middle, high)
     return low
 
 
@@ -110,6 +113,7 @@ def _sort(
     sorted_labels,  # (n,)
     BLOCK: tl.constexpr,
 ):
+    """Sorts the labels of at most BLOCK pairs, stably."""
     INDEX_BITS: tl.constexpr = BLOCK.bit_length() - 1
     place = tl.arange(0, BLOCK)
     label = tl.load(labels + place, mask=place < n, other=0.0) + 0.0  # -0 is 0
@@ -139,10 +143,10 @@ def rank(
     up_sums,  # (n,)
     down,  # (n,) float64, with down_sums the same of exp(z) up to this place
     down_sums,  # (n,)
-    pulls,  # (n,) float64, with pull_sums exp(z + u); None: no gradients
-    pull_sums,  # (n,)
-    pushes,  # (n,) float64, with push_sums exp(v - z)
-    push_sums,  # (n,)
+    above,  # (n,) float64, with above_sums exp(z + u); None: no gradients
+    above_sums,  # (n,)
+    below,  # (n,) float64, with below_sums exp(v - z)
+    below_sums,  # (n,)
     loss,  # ()
     score_gradient,  # (n,) or None
     scale_gradient,  # (chunks,): parts of it; or None
@@ -153,6 +157,7 @@ def rank(
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """Runs the phases FIRST .. LAST; see the module's docstring."""
     MINUS: tl.constexpr = -float("inf")
     if scale_tensor is not None:
         scale = tl.load(scale_tensor)
@@ -202,16 +207,16 @@ def rank(
             begin = _count_below(sorted_labels, label, inside, n, steps, False)  # one past the last lower one
             # A pair without a higher label is in no sum, even at an infinite score.
             higher, lower = inside & (end < n), inside & (begin > 0)
-            pull = tl.where(higher, z + tl.load(up + end, mask=higher, other=MINUS), MINUS)
-            pull_sum = tl.load(up_sums + end, mask=higher, other=0.0)
-            if pulls is not None:
-                push = tl.where(lower, tl.load(down + begin - 1, mask=lower, other=MINUS) - z, MINUS)
-                tl.store(pulls + place, pull, mask=inside)
-                tl.store(pull_sums + place, pull_sum, mask=inside)
-                tl.store(pushes + place, push, mask=inside)
-                tl.store(push_sums + place, tl.load(down_sums + begin - 1, mask=lower, other=0.0), mask=inside)
+            above_here = tl.where(higher, z + tl.load(up + end, mask=higher, other=MINUS), MINUS)
+            above_sum = tl.load(up_sums + end, mask=higher, other=0.0)
+            if above is not None:
+                below_here = tl.where(lower, tl.load(down + begin - 1, mask=lower, other=MINUS) - z, MINUS)
+                tl.store(above + place, above_here, mask=inside)
+                tl.store(above_sums + place, above_sum, mask=inside)
+                tl.store(below + place, below_here, mask=inside)
+                tl.store(below_sums + place, tl.load(down_sums + begin - 1, mask=lower, other=0.0), mask=inside)
             counts = weight > 0.0
-            top, total = _sum(tl.where(counts, pull, MINUS), tl.where(counts, weight * pull_sum, 0.0))
+            top, total = _sum(tl.where(counts, above_here, MINUS), tl.where(counts, weight * above_sum, 0.0))
             undefined = tl.max(tl.where(inside & ((z != z) | (label != label) | ~(weight >= 0.0)), 1, 0), 0) > 0
             tl.store(sums + 4 * chunks + chunk, top)
             tl.store(sums + 5 * chunks + chunk, tl.where(undefined, float("nan"), total))
@@ -226,16 +231,16 @@ def rank(
         value = tl.where((base <= 0.0) & (small < 1e-8), small, value)
         if tl.program_id(0) == 0:
             tl.store(loss, value.to(loss.dtype.element_ty))
-        if pulls is not None:
+        if above is not None:
             for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
                 place = chunk * CHUNK + tl.arange(0, CHUNK)
                 inside = place < n
                 pair, score, weight = _sorted_pairs(scores, weights, order, place, inside)
-                pulled = _exponential(tl.load(pulls + place, mask=inside, other=MINUS) - value)
-                pulled *= tl.load(pull_sums + place, mask=inside, other=0.0)
-                pushed = _exponential(tl.load(pushes + place, mask=inside, other=MINUS) - value)
-                pushed *= tl.load(push_sums + place, mask=inside, other=0.0)
-                gradient = tl.where(weight > 0.0, weight * (pulled - pushed), 0.0)
+                p_above = _exponential(tl.load(above + place, mask=inside, other=MINUS) - value)
+                p_above *= tl.load(above_sums + place, mask=inside, other=0.0)
+                p_below = _exponential(tl.load(below + place, mask=inside, other=MINUS) - value)
+                p_below *= tl.load(below_sums + place, mask=inside, other=0.0)
+                gradient = tl.where(weight > 0.0, weight * (p_above - p_below), 0.0)
                 gradient = tl.where(value == value, gradient, value)
                 if score_gradient is not None:
                     tl.store(score_gradient + pair, (gradient * scale).to(tl.float32), mask=inside)
@@ -243,11 +248,11 @@ def rank(
                     part = tl.where(weight > 0.0, gradient * score, 0.0)
                     tl.store(scale_gradient + chunk, tl.sum(tl.where(value == value, part, value), 0).to(tl.float32))
                 if weight_gradient is not None:
-                    tl.store(weight_gradient + pair, (pulled + pushed).to(tl.float32), mask=inside)
+                    tl.store(weight_gradient + pair, (p_above + p_below).to(tl.float32), mask=inside)
 
 
 def why_not(problem: RankingProblem | None) -> str | None:
-    """Why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
+    """Returns why these kernels cannot serve a problem (None: the most usual one) where Triton runs, or None."""
     if problem is None:
         return None
     if len(problem.scores) >= 2**24:
@@ -255,53 +260,88 @@ def why_not(problem: RankingProblem | None) -> str | None:
     return "float64 is computed in torch ops" if problem.dtype == torch.float64 else None
 
 
-def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
-    """Loss and gradients of the ranking operation."""
-    n, device, labels = len(problem.scores), problem.device, problem.labels
-    in_one = n <= MOST_IN_ONE_LAUNCH and labels.dtype == torch.float32
-    if in_one:
-        block = max(32, triton.next_power_of_2(n))
-        chunk = min(block, CHUNK_OF_ONE)
-        warps = max(1, min(16, block // 128))
-        order, sorted_labels = torch.empty(n, dtype=torch.int64, device=device), torch.empty_like(labels)
+@dataclass(frozen=True)
+class RankingPlan:
+    """Holds what is decided about a call, from its sizes and types alone."""
+
+    config: Config
+    chunks: int
+    phases: tuple[tuple[int, int], ...]  # first and last of each launch
+    grid: tuple[int]
+
+    @property
+    def sorts(self) -> bool:
+        """True if the kernel sorts, not torch."""
+        return self.phases[0][0] == SORT
+
+
+def make_plan(pairs: int, label_dtype: torch.dtype) -> RankingPlan:
+    """Returns the plan for so many pairs with labels of a type."""
+    if pairs <= MOST_IN_ONE_LAUNCH and label_dtype == torch.float32:
+        block = max(32, triton.next_power_of_2(pairs))
+        chunk, warps = min(block, CHUNK_OF_ONE), max(1, min(16, block // 128))
+        phases: tuple[tuple[int, int], ...] = ((SORT, FINISH),)
     else:
         block = chunk = CHUNK_OF_MANY
         warps = 4
-        sorted_labels, order = labels.sort(stable=True)
-        labels = None
-    chunks = triton.cdiv(n, chunk)
-
-    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=device) if wanted else None
-
-    on_device = problem.scale.on_device
-    loss, scores, weights = empty(), empty(n, wanted=needs.scores), empty(n, wanted=needs.weights)
-    scale_parts = empty(chunks, wanted=needs.scale)
-    scans = [empty(n, dtype=dtype) for _ in range(2) for dtype in (torch.float64, torch.float32)]
-    terms = [empty(n, wanted=any(needs), dtype=dtype) for _ in range(2) for dtype in (torch.float64, torch.float32)]
-    arguments = (
-        problem.scores.detach().contiguous(),
-        None if labels is None else labels.contiguous(),
-        None if problem.weights is None else problem.weights.detach().contiguous(),
-        1.0 if on_device is not None else problem.scale.read(),
-        None if on_device is None else on_device.float(),
-        n,
-        chunks,
-        n.bit_length(),
-        order,
-        sorted_labels,
-        empty(6, chunks, dtype=torch.float64),
-        *scans,
-        *terms,
-        loss,
-        scores,
-        scale_parts,
-        weights,
-    )
+        phases = tuple((phase, phase) for phase in (SUMS, SCAN, TERMS, FINISH))
+    chunks = triton.cdiv(pairs, chunk)
     config = Config((("BLOCK", block), ("CHUNK", chunk), ("PARTS", 128)), warps, 1, registers=min(255, 2048 // warps))
-    if in_one:
-        launch(rank, (1,), *arguments, config=config, FIRST=SORT, LAST=FINISH)
+    return RankingPlan(config, chunks, phases, (1 if len(phases) == 1 else max(1, chunks),))
+
+
+def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
+    """Returns loss and gradients of the ranking operation."""
+    n, device, labels = len(problem.scores), problem.device, problem.labels
+    plan = make_plan(n, labels.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    if plan.sorts:
+        order, sorted_labels = empty(n, dtype=torch.int64), torch.empty_like(labels)
     else:
-        for phase in (SUMS, SCAN, PULL, FINISH):
-            launch(rank, (max(1, chunks),), *arguments, config=config, FIRST=phase, LAST=phase)
-    return RankingResult(loss, scores, scale_parts.sum() if needs.scale else None, weights)
+        sorted_labels, order = labels.sort(stable=True)
+    scale_tensor = problem.scale.on_device
+    memory: dict[str, Tensor | None] = {
+        "order": order,
+        "sorted_labels": sorted_labels,
+        "sums": empty(6, plan.chunks, dtype=torch.float64),
+        "up": empty(n, dtype=torch.float64),
+        "up_sums": empty(n),
+        "down": empty(n, dtype=torch.float64),
+        "down_sums": empty(n),
+        "above": empty(n, dtype=torch.float64) if any(needs) else None,
+        "above_sums": empty(n) if any(needs) else None,
+        "below": empty(n, dtype=torch.float64) if any(needs) else None,
+        "below_sums": empty(n) if any(needs) else None,
+    }
+    loss = empty()
+    scores = empty(n) if needs.scores else None
+    weights = empty(n) if needs.weights else None
+    scale_parts = empty(plan.chunks) if needs.scale else None
+    given_scores = problem.scores.detach().contiguous()
+    given_labels = labels.contiguous() if plan.sorts else None
+    given_weights = None if problem.weights is None else problem.weights.detach().contiguous()
+    for first, last in plan.phases:
+        launch(
+            rank,
+            plan.grid,
+            config=plan.config,
+            scores=given_scores,
+            labels=given_labels,
+            weights=given_weights,
+            scale=1.0 if problem.scale.value is None else problem.scale.value,
+            scale_tensor=None if scale_tensor is None else scale_tensor.float(),
+            n=n,
+            chunks=plan.chunks,
+            steps=n.bit_length(),
+            **memory,
+            loss=loss,
+            score_gradient=scores,
+            scale_gradient=scale_parts,
+            weight_gradient=weights,
+            FIRST=first,
+            LAST=last,
+        )
+    return RankingResult(loss, scores, None if scale_parts is None else scale_parts.sum(), weights)

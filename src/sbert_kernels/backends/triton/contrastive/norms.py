@@ -1,12 +1,12 @@
-"""What touches each embedding once, before and after the sweeps: norms and own pairs; the gradient through the norm.
+"""The kernels that read each embedding once, before and after the sweeps: norms, positive pairs, and their gradients.
 
-`prepare` reads queries and documents once for the norms of all prefixes and the similarities of the own pairs.
-`finish` reads a gradient and its vector, and writes the gradient: with G that of the dot products (norms as factors),
+`norms_forward` reads queries and documents once, for the norms of all prefixes and the similarities of positive pairs.
+`norms_backward` turns the gradient G of plain dot products into that of the embeddings, in place:
 
     dx = g (a G + sum_k [d < d_k] (q_k f_k f'_k x' - b_k f_k^2 x)),    b_k = (G_k + q_k f_k f'_k x') . x
 
-where x' is the own pair's other half, q_k the gradient of its similarity, f = 1 / norm, and b_k the part along x, which
-the norm takes away (not where the norm is below its least value: there the divisor is a constant).
+where x' is the other vector of the positive pair, q_k the gradient of its similarity (d_positive), f = 1 / norm, and
+b_k the radial part, which the norm removes (not where the norm is below eps: there the divisor is a constant).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import triton.language as tl
 
 
 @triton.jit
-def _norms(squares, factors, index, inside, eps, ABSENT_IS_ZERO: tl.constexpr):
+def _norms(squares, inverse_norms, index, inside, eps, ZERO_NORM_GIVES_ZERO: tl.constexpr):
+    """Stores and returns 1 / max(norm, eps) of each row, from its sum of squares."""
     norms = tl.sqrt(squares)
     inverse = 1.0 / tl.maximum(norms, eps)
-    if ABSENT_IS_ZERO:
+    if ZERO_NORM_GIVES_ZERO:
         inverse = tl.where(norms == 0.0, 0.0, inverse)
-    tl.store(factors + index, inverse, mask=inside)
+    tl.store(inverse_norms + index, inverse, mask=inside)
     return inverse
 
 
 @triton.jit(do_not_specialize=["m", "n", "offset"])
-def prepare(
+def norms_forward(
     documents,  # (M, D)
     documents_stride,
     queries,  # (N, D); None: norms only
@@ -35,14 +36,15 @@ def prepare(
     n,
     offset,  # the document of query 0
     eps,
-    document_factors,  # (K, M) fp32; None: dot products
-    query_factors,  # (K, N)
-    own,  # (K, N): similarity of each query and its document
+    document_inverse_norms,  # (K, M) fp32; None: dot products
+    query_inverse_norms,  # (K, N)
+    positive,  # (K, N): similarity of each query and its document
     DIMS: tl.constexpr,
-    ABSENT_IS_ZERO: tl.constexpr,  # a zero vector has factor 0, which fp16 can hold, instead of 1 / eps
+    ZERO_NORM_GIVES_ZERO: tl.constexpr,  # not 1 / eps, which fp16 cannot hold
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Computes the inverse norms of documents and queries, and the similarity of each query and its document."""
     K: tl.constexpr = len(DIMS)
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = index < m
@@ -64,29 +66,30 @@ def prepare(
                 query_squares += tl.sum(b * b, 1)
                 dots += tl.sum(a * b, 1)
         s = dots
-        if document_factors is not None:
-            f = _norms(squares, document_factors + k * m, index, inside, eps, ABSENT_IS_ZERO)
+        if document_inverse_norms is not None:
+            f = _norms(squares, document_inverse_norms + k * m, index, inside, eps, ZERO_NORM_GIVES_ZERO)
             if queries is not None:
-                s = dots * f * _norms(query_squares, query_factors + k * n, query, paired, eps, ABSENT_IS_ZERO)
+                to = query_inverse_norms + k * n
+                s = dots * f * _norms(query_squares, to, query, paired, eps, ZERO_NORM_GIVES_ZERO)
         if queries is not None:
-            tl.store(own + k * n + query, s, mask=paired)
+            tl.store(positive + k * n + query, s, mask=paired)
 
 
-@triton.jit(do_not_specialize=["partner_factors_stride", "rows", "n", "offset"])
-def finish(
+@triton.jit(do_not_specialize=["partner_inverse_norms_stride", "rows", "n", "offset"])
+def norms_backward(
     gradient,  # (rows, width) fp32, in place
     gradient_stride,
-    row_coefficient,  # (rows,): multiplies the gradient found so far; None: 1
+    row_coefficient,  # (rows,): multiplies the gradient that is there; None: 1
     x,  # (rows, D)
     x_stride,
-    factors,  # (K, rows) fp32; None: dot products
-    partners,  # (n, D), of rows offset .. offset + n; None: there are no own pairs
+    inverse_norms,  # (K, rows) fp32; None: dot products
+    partners,  # (n, D), of rows offset .. offset + n; None: no positive pairs
     partners_stride,
-    partner_factors,  # (K, .)
-    partner_factors_stride,
-    pull,  # (K, n): gradient of the own similarity
-    own,  # (K, n): the own similarity
-    along,  # (K, rows): G_k . x; None, for one prefix: it is computed here
+    partner_inverse_norms,  # (K, .)
+    partner_inverse_norms_stride,
+    d_positive,  # (K, n): gradient of the positive similarity
+    positive,  # (K, n): the positive similarity
+    radial,  # (K, rows): G_k . x; None, for one prefix: it is computed here
     rows,
     n,
     offset,
@@ -97,6 +100,7 @@ def finish(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Adds the positive pairs to a gradient, takes its radial part away, and multiplies by the common factor."""
     K: tl.constexpr = len(DIMS)
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = index < rows
@@ -105,7 +109,7 @@ def finish(
     g = gradient + index.to(tl.int64)[:, None] * gradient_stride
     vectors = x + index.to(tl.int64)[:, None] * x_stride
     if partners is not None:
-        others = partners + pair.to(tl.int64)[:, None] * partners_stride
+        partner_vectors = partners + pair.to(tl.int64)[:, None] * partners_stride
     if factor_tensor is not None:
         factor *= tl.load(factor_tensor)
     before = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
@@ -113,7 +117,7 @@ def finish(
         before = tl.load(row_coefficient + index, mask=inside, other=0.0)
 
     found = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if factors is not None and along is None:
+    if inverse_norms is not None and radial is None:
         for begin in range(0, DIMS[0], BLOCK_D):
             d = begin + tl.arange(0, BLOCK_D)
             mask = inside[:, None] & (d < DIMS[0])[None, :]
@@ -126,21 +130,22 @@ def finish(
         result = tl.load(g + d[None, :], mask=mask, other=0.0) * before[:, None]
         a = tl.load(vectors + d[None, :], mask=mask, other=0.0).to(tl.float32)
         if partners is not None:
-            b = tl.load(others + d[None, :], mask=mask & paired[:, None], other=0.0).to(tl.float32)
+            b = tl.load(partner_vectors + d[None, :], mask=mask & paired[:, None], other=0.0).to(tl.float32)
         for k in tl.static_range(K):
             strength = tl.zeros((BLOCK_ROWS,), tl.float32)
             through = tl.zeros((BLOCK_ROWS,), tl.float32)
             if partners is not None:
-                strength = tl.load(pull + k * n + pair, mask=paired, other=0.0)
-            if factors is not None:
-                f = tl.load(factors + k * rows + index, mask=inside, other=0.0)
-                parallel = found
-                if along is not None:
-                    parallel = tl.load(along + k * rows + index, mask=inside, other=0.0)
+                strength = tl.load(d_positive + k * n + pair, mask=paired, other=0.0)
+            if inverse_norms is not None:
+                f = tl.load(inverse_norms + k * rows + index, mask=inside, other=0.0)
+                radial_k = found
+                if radial is not None:
+                    radial_k = tl.load(radial + k * rows + index, mask=inside, other=0.0)
                 if partners is not None:
-                    parallel += strength * tl.load(own + k * n + pair, mask=paired, other=0.0)
-                    strength *= f * tl.load(partner_factors + k * partner_factors_stride + pair, mask=paired, other=0.0)
-                through = parallel * f * f
+                    radial_k += strength * tl.load(positive + k * n + pair, mask=paired, other=0.0)
+                    partner_f = partner_inverse_norms + k * partner_inverse_norms_stride + pair
+                    strength *= f * tl.load(partner_f, mask=paired, other=0.0)
+                through = radial_k * f * f
                 through = tl.where(f * eps < 1.0 - 1e-6, through, 0.0)
             change = -through[:, None] * a
             if partners is not None:
