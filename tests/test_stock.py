@@ -49,7 +49,7 @@ def private_uses(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in private:
             found.append(f"attribute {node.attr}")
-        if isinstance(node, ast.Constant) and node.value == "sentence-transformers":
+        if isinstance(node, ast.Call) and ast.unparse(node).endswith("version('sentence-transformers')"):
             found.append("the version")
     return found
 

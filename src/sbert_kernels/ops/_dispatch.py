@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import backends
-from ..backends import Backend
-from ..backends._backend import Problem
+from ..backends import Backend, Problem
 from ..values import without_autocast
 
 

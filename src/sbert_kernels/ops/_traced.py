@@ -14,8 +14,7 @@ from typing import Optional, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import Backend
-from ..backends._backend import Problem
+from ..backends import Backend, Problem
 from ..problems import ranking as ranking_contract
 from ..problems.contrastive import ContrastiveProblem, ContrastiveResult, ContrastiveSpec, Needs, check_scale
 from ..problems.pairwise import PairwiseGradients, PairwiseProblem
