@@ -41,9 +41,7 @@ class OperandPlan:
     unit_length: bool  # the vectors are divided by their norms first, as fp16 weights times inverse norms may overflow
     cosine: bool  # the inverse norms are computed
     need: bool  # the gradient is computed
-    radial: (
-        bool  # the radial part of the gradient of each prefix is kept: `norms_backward` finds it for one prefix only
-    )
+    radial: bool  # the radial part of each prefix's gradient is kept: `norms_backward` finds that of one prefix only
 
 
 @dataclass(frozen=True)
