@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 
 from sbert_kernels import machine, settings
-from sbert_kernels.backends.triton.targets import BY_ARCH, BY_NAME
+from sbert_kernels.backends.triton.targets import BY_ARCH, BY_NAME, GPUS
 from sbert_kernels.bench import arguments, harness
 from sbert_kernels.bench.report import Report
 
 TARGETS: dict[str, tuple[str, int | str]] = {
-    **{f"sm_{arch}": ("cuda", arch) for arch in (75, 80, 86, 89, 90, 100, 120)},
-    "gfx942": ("hip", "gfx942"),
+    f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch): (gpu.backend, gpu.arch) for gpu in GPUS
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The type of the embeddings, and how float32 is multiplied where not by float32 products (bfloat16 is as above).

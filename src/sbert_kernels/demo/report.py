@@ -157,7 +157,7 @@ def _ratio(stock: float | None, ours: float | None) -> str:
 
 
 def write(results: Results, model: SentenceTransformer) -> None:
-    """Writes the model, results.json and results.png to the output folder, and say where."""
+    """Writes the model, results.json and results.png to the output folder, and says where."""
     output = results.options.output
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(output / "model"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import aot
 from sbert_kernels import settings
-from sbert_kernels.backends.triton.targets import BY_NAME, GPUS, Target
+from sbert_kernels.backends.triton.targets import BY_NAME, Target
 from sbert_kernels.problems.contrastive import Needs
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -116,7 +116,3 @@ def test_a_gpu_without_a_row_is_treated_as_the_next_older_one(target: tuple[str,
     assert Target(*target).gpu is BY_NAME[name]
     assert Target(*target).processors == BY_NAME[name].multiprocessors
     assert Target(*target, 7).processors == 7
-
-
-def test_every_target_that_is_compiled_for_has_a_row() -> None:
-    assert {(gpu.backend, gpu.arch) for gpu in GPUS} == set(aot.TARGETS.values())

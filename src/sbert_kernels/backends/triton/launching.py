@@ -84,6 +84,11 @@ def _target(index: int) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+def cdiv(a: int, b: int) -> int:
+    """Returns a / b, rounded up; that of Triton is made for kernels, and slow on the host."""
+    return -(-a // b)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *, config: Config, **arguments: Any) -> None:
     """Starts a kernel on the device of its first tensor, in that device's current stream.
 
@@ -113,7 +118,7 @@ def _listed(kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[
     if arguments.keys() != set(names):
         wrong = sorted(arguments.keys() ^ set(names))
         raise TypeError(f"{kernel.__name__} was launched without some of its parameters, or with others: {wrong}.")
-    constexpr = {name for name, annotation in kernel.fn.__annotations__.items() if "constexpr" in str(annotation)}
+    constexpr = _constexpr_names(kernel)
     return Launch(
         kernel,
         grid,
@@ -121,3 +126,9 @@ def _listed(kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[
         {name: arguments[name] for name in names if name in constexpr},
         config,
     )
+
+
+@cache
+def _constexpr_names(kernel: Any) -> frozenset[str]:
+    annotations = kernel.fn.__annotations__.items()
+    return frozenset(name for name, annotation in annotations if "constexpr" in str(annotation))

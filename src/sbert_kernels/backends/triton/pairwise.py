@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problems.pairwise import EPS, SIMILARITIES, PairwiseGradients, PairwiseProblem
-from .launching import Config, launch
+from .launching import Config, cdiv, launch
 from .layout import with_unit_stride
 
 CONFIG = Config((("BLOCK_ROWS", 4), ("BLOCK_D", 128)), 4, 1)
@@ -197,7 +197,7 @@ def _launch(
     n, dimension = x.shape
     launch(
         kernel,
-        (triton.cdiv(n, CONFIG["BLOCK_ROWS"]),),
+        (cdiv(n, CONFIG["BLOCK_ROWS"]),),
         config=CONFIG,
         x=x,
         x_stride=x.stride(0),

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problems.ranking import Needs, RankingProblem, RankingResult
-from .launching import Config, launch
+from .launching import Config, cdiv, launch
 
 MOST_IN_ONE_LAUNCH = 8192
 # Pairs that a block has in registers at once, in one launch of many warps and in many blocks of few.
@@ -285,7 +285,7 @@ def make_plan(pairs: int, label_dtype: torch.dtype) -> RankingPlan:
         block = chunk = CHUNK_OF_MANY
         warps = 4
         phases = tuple((phase, phase) for phase in (SUMS, SCAN, TERMS, FINISH))
-    chunks = triton.cdiv(pairs, chunk)
+    chunks = cdiv(pairs, chunk)
     config = Config((("BLOCK", block), ("CHUNK", chunk), ("PARTS", 128)), warps, 1, registers=min(255, 2048 // warps))
     return RankingPlan(config, chunks, phases, (1 if len(phases) == 1 else max(1, chunks),))
 

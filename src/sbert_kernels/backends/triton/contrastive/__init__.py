@@ -1,10 +1,10 @@
 """The contrastive operation in Triton kernels, from a problem to its loss and gradients.
 
-    plan.py, run.py              what is decided about a call, in one pass; and its execution
-    precision.py, tiles.py       number formats of the products; tile sizes of the kernels
-    operands.py                  the vectors and their gradients
-    sweep.py, softmax_statistics.py, norms.py                      the kernels
-    strategy.py, cost_model.py, tiled.py                           the choice of a strategy, and the other strategy
+    plan.py, run.py                            decides all about a call in one pass; executes what was decided
+    precision.py, tiles.py                     number formats of the products; tile sizes of the kernels
+    operands.py                                the vectors and their gradients
+    sweep.py, softmax_statistics.py, norms.py  the kernels
+    strategy.py, cost_model.py, tiled.py       the choice of a strategy; the strategy that has no plan
 
 `plan` says how the chunked strategy works.
 """

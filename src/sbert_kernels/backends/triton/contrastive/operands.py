@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launching import launch
+from ..launching import cdiv, launch
 from ..layout import with_unit_stride
 from . import tiles
 from .norms import norms_backward, norms_forward
@@ -55,7 +54,7 @@ def launch_norms_forward(
     """Computes the norms of documents and queries, and ``positive`` (K, N), that of query i and document offset + i."""
     launch(
         norms_forward,
-        (triton.cdiv(documents.rows, tiles.NORMS["BLOCK_ROWS"]),),
+        (cdiv(documents.rows, tiles.NORMS["BLOCK_ROWS"]),),
         config=tiles.NORMS,
         documents=documents.values,
         documents_stride=documents.values.stride(0),
@@ -109,7 +108,7 @@ def finished_gradient(
             partner_inverse_norms = partner.inverse_norms[:, partner_begin:]
     launch(
         norms_backward,
-        (triton.cdiv(operand.rows, tiles.NORMS["BLOCK_ROWS"]),),
+        (cdiv(operand.rows, tiles.NORMS["BLOCK_ROWS"]),),
         config=tiles.NORMS,
         gradient=gradient,
         gradient_stride=gradient.stride(0),

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from .... import settings
 from ....problems.contrastive import ContrastiveProblem, Needs, Term
-from ..launching import Config
+from ..launching import Config, cdiv
 from ..targets import Target
 from . import tiles
 from .precision import MatmulPrecision, choose_precision
@@ -42,9 +41,7 @@ class OperandPlan:
     unit_length: bool  # the vectors are divided by their norms first, as fp16 weights times inverse norms may overflow
     cosine: bool  # the inverse norms are computed
     need: bool  # the gradient is computed
-    radial: (
-        bool  # the radial part of the gradient of each prefix is kept: `norms_backward` finds it for one prefix only
-    )
+    radial: bool  # the radial part of each prefix's gradient is kept: `norms_backward` finds that of one prefix only
 
 
 @dataclass(frozen=True)
@@ -168,25 +165,25 @@ def precision_of(problem: ContrastiveProblem, target: Target) -> MatmulPrecision
     return choose_precision({x.dtype for x in vectors if x is not None}, target, len(problem.dims))
 
 
-def is_masked(problem: ContrastiveProblem) -> bool:
+def is_masked(terms: Sequence[Term]) -> bool:
     """Returns True if ids or hardness tell the entries of a tile apart."""
-    return any(term.duplicates != "keep" or term.hardness > 0 for term in problem.terms())
+    return any(term.duplicates != "keep" or term.hardness > 0 for term in terms)
 
 
-def has_high_register_pressure(problem: ContrastiveProblem, precision: MatmulPrecision) -> bool:
+def has_high_register_pressure(terms: Sequence[Term], precision: MatmulPrecision) -> bool:
     """Returns True if masks, a guide or products in parts leave fewer registers to a gradient."""
-    return is_masked(problem) or problem.guided or precision.split
+    return is_masked(terms) or any(term.guided for term in terms) or precision.split
 
 
-def chunk_rows(problem: ContrastiveProblem, precision: MatmulPrecision) -> int:
+def chunk_rows(n: int, terms: Sequence[Term], prefixes: int, precision: MatmulPrecision) -> int:
     """Returns the rows whose weights fit into the byte budget; a multiple of 128, which is a block's.
 
     Smaller chunks stay in L2, but each reads and writes the columns' whole gradient once more; the budget wins as soon
     as a chunk has fewer than some thousand rows.
     """
-    row_bytes = precision.dtype.itemsize * len(problem.dims) * sum(term.columns for term in problem.terms())
+    row_bytes = precision.dtype.itemsize * prefixes * sum(term.columns for term in terms)
     rows = settings.block_bytes(WEIGHTS_BYTES) // row_bytes
-    return max(1, min(len(problem.queries), rows if rows < 128 else rows // 128 * 128))
+    return max(1, min(n, rows if rows < 128 else rows // 128 * 128))
 
 
 def sweep_plan(
@@ -220,8 +217,10 @@ class _Planner:
         self.n, self.prefixes = len(problem.queries), len(problem.dims)
         self.largest_weight = max(map(abs, problem.dim_weights)) or 1.0
         self.prefix_weights = tuple(weight / self.largest_weight for weight in problem.dim_weights)
-        self.masked, self.unshifted = is_masked(problem), problem.unshifted
-        self.gathered = problem.all_queries is not None and any(term.columns_are_queries for term in problem.terms())
+        self.softmaxes, self.unshifted = problem.softmaxes(), problem.unshifted
+        self.terms = tuple(term for terms in self.softmaxes for term in terms)
+        self.masked = is_masked(self.terms)
+        self.gathered = problem.all_queries is not None and any(term.columns_are_queries for term in self.terms)
         self.operands = {
             "queries": self._operand((problem.queries,), needs.queries),
             "documents": self._operand(problem.documents, needs.documents),
@@ -254,7 +253,7 @@ class _Planner:
             all_queries=self.operands.get("all_queries"),
             guide=guide,
             guide_width=0 if problem.guide_queries is None else problem.guide_queries.shape[1],
-            softmaxes=tuple(self._softmax(terms, index) for index, terms in enumerate(problem.softmaxes())),
+            softmaxes=tuple(self._softmax(terms, index) for index, terms in enumerate(self.softmaxes)),
         )
 
     def _operand(self, parts: tuple[Tensor, ...], need: bool) -> OperandPlan:
@@ -328,7 +327,7 @@ class _Planner:
         )
 
     def _chunks(self, terms: tuple[TermPlan, ...]) -> Iterator[ChunkPlan]:
-        step = chunk_rows(self.problem, self.precision)
+        step = chunk_rows(self.n, self.terms, self.prefixes, self.precision)
         sweeps = {n: tuple(self._sweep(term, n, weights=True) for term in terms) for n in {step, self.n % step} if n}
         for begin in range(0, self.n, step):
             end = min(begin + step, self.n)

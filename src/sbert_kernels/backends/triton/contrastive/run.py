@@ -14,11 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ....problems.contrastive import ContrastiveProblem, ContrastiveResult, weight_sum
-from ..launching import launch
+from ..launching import cdiv, launch
 from . import tiles
 from .operands import Operand, add_product, finished_gradient, launch_norms_forward, stride
 from .plan import ChunkPlan, Diagonals, OperandPlan, Plan, SoftmaxPlan, SweepPlan, TermPlan
@@ -272,7 +271,7 @@ class Softmax:
         d_positive, d_second = (None if name is None else running.d_positives[name] for name in plan.d_positives)
         launch(
             softmax_statistics,
-            (triton.cdiv(n, tiles.SOFTMAX_STATISTICS["BLOCK_N"]),),
+            (cdiv(n, tiles.SOFTMAX_STATISTICS["BLOCK_N"]),),
             config=tiles.SOFTMAX_STATISTICS,
             **found,
             positive=of(positive),

@@ -24,22 +24,24 @@ logger = logging.getLogger(__name__)
 def predicted_seconds(problem: ContrastiveProblem, needs: Needs, target: Target) -> dict[str, float]:
     """Returns the seconds that the cost model expects of each strategy."""
     precision = precision_of(problem, target)
-    duplicates_are_positive = any(term.duplicates == "positive" for term in problem.terms())
+    n, terms = len(problem.queries), problem.terms()
+    duplicates_are_positive = any(term.duplicates == "positive" for term in terms)
+    bounded = problem.unshifted and precision.lift == 0 and not duplicates_are_positive
     return {
         strategy: sum(
             cost_model.accounting(
-                len(problem.queries),
+                n,
                 term.columns,
                 problem.dims,
                 precision.dtype.itemsize,
                 strategy,
-                bounded=problem.unshifted and precision.lift == 0 and not duplicates_are_positive,
+                bounded=bounded,
                 gradients=needs.vectors,
                 fma=precision.fma,
-                high_register_pressure=has_high_register_pressure(problem, precision),
-                chunk_rows=chunk_rows(problem, precision),
+                high_register_pressure=has_high_register_pressure(terms, precision),
+                chunk_rows=chunk_rows(n, terms, len(problem.dims), precision),
             ).seconds(target.gpu, precision.rate)
-            for term in problem.terms()
+            for term in terms
         )
         for strategy in settings.STRATEGIES
     }

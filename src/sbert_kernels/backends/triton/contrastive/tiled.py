@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import triton
 from torch import Tensor
 
 from ....problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs
+from ..launching import cdiv
 from ..targets import Target
 from .operands import Operand
 from .plan import (
@@ -58,7 +58,7 @@ class _Tiled:
         self.call: Plan = running.plan
         self.softmax = Softmax(running, plan)
         self.dim = self.call.dims[-1]
-        pressure = has_high_register_pressure(running.problem, self.call.precision)
+        pressure = has_high_register_pressure(running.problem.terms(), self.call.precision)
         self.slice_width = slice_width(self.dim, self.call.precision.fma, pressure)
         # The rows' gradients are found together with their statistics.
         self.in_one_sweep = plan.unshifted and self.slice_width >= self.dim
@@ -106,7 +106,7 @@ class _Tiled:
             call.precision,
             statistics=not gradient or (self.in_one_sweep and not of_columns),
             gradient=gradient,
-            masked=is_masked(problem),
+            masked=is_masked(problem.terms()),
             guided=problem.guided,
             prefixes=1,
             width=width,
@@ -114,7 +114,7 @@ class _Tiled:
             variant=self.variant,
         )
         n_b = call.n if of_columns else term.term.columns
-        return sweep_plan(call.target, config, n_a, n_b, slices=triton.cdiv(self.dim, width) if gradient else 1)
+        return sweep_plan(call.target, config, n_a, n_b, slices=cdiv(self.dim, width) if gradient else 1)
 
 
 def _summed(partial_gradients: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 What decides, in this order: no register spills; tiles large enough that loads from L2 keep up with the tensor cores (a
 BLOCK_A x BLOCK_B tile does BLOCK_A BLOCK_B / (BLOCK_A + BLOCK_B) multiply-adds a loaded number); shared memory for the
-loads in flight. What was found with `bench aot`, without a GPU, is free of spills; which of such tiles is fastest, only
-a GPU can tell.
+loads in flight. What was found with `python -m benchmarks.aot`, without a GPU, is free of spills; which of such tiles
+is fastest, only a GPU can tell.
 """
 
 from __future__ import annotations
