@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+FOLDERS = ("src", "csrc", "tests", "docs", "examples", "benchmarks", ".ci")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *DOCS.rglob("*.md")]
 
 
@@ -28,6 +29,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", text)
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert not missing
+
+
+def test_paths_in_the_recipes_exist() -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    quoted = re.findall(r"`([\w./]+(?:\.\w+|/))`", text)
+    named = [path for path in quoted if "/" in path or path.endswith((".py", ".h"))]
+    # A path may leave out the folders that its sentence has named before.
+    there = {f"/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
+    there |= {f"/{folder}" for folder in FOLDERS} | {f"/{path.name}" for path in ROOT.iterdir()}
+    assert len(named) > 40
+    assert [name for name in named if not any(path.endswith("/" + name.rstrip("/")) for path in there)] == []
 
 
 def test_readme_fits() -> None:
