@@ -33,7 +33,6 @@ from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, double_backward_guard, learnable, scaled
 from ._dispatch import backend_for
-from ._smoothing import smoothing_excess
 
 
 class _Contrastive(torch.autograd.Function):
@@ -81,7 +80,6 @@ def contrastive_loss(
     partition_mode: str = "joint",
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
-    label_smoothing: float = 0.0,
     weights: Tensor | None = None,
     query_ids: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -116,10 +114,6 @@ def contrastive_loss(
         hardness_mode: None, "in_batch_negatives", "hard_negatives" or "all_negatives": which documents get
             ``hardness_strength * stop_gradient(similarity)`` added to their logit.
         hardness_strength: Not negative.
-        label_smoothing: Part a of the target, in 0 .. 1, that is spread evenly over all candidates of the row, the
-            positive included; 1 - a stays on the positive (Szegedy et al. 2015, arXiv 1512.00567; as
-            ``torch.nn.CrossEntropyLoss``). What is excluded is no candidate. Not with a guide, which decides anew for
-            each pair which columns are candidates.
         weights: Weight of each row, [N]; the loss is the weighted mean. 0 where no row has one.
         query_ids: int64, one for each query column, [N] or [W] with ``all_queries``. Equal ids mean equal texts.
         document_ids: int64, [M] for all documents in the order given.
@@ -171,16 +165,6 @@ def contrastive_loss(
         matryoshka_dims=matryoshka_dims,
         matryoshka_weights=matryoshka_weights,
     )
-    label_smoothing = checks.constant("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in 0 .. 1, got {label_smoothing}.")
-    if label_smoothing > 0 and problem.guided:
-        raise ValueError(f"label_smoothing={label_smoothing} cannot be combined with guide_queries.")
-    loss = _loss(problem, backend)
-    return loss + label_smoothing * smoothing_excess(problem) if label_smoothing > 0 else loss
-
-
-def _loss(problem: ContrastiveProblem, backend: str | None) -> Tensor:
     inputs: Sequence[Tensor | float | None] = (
         problem.queries,
         problem.all_queries,
