@@ -126,7 +126,10 @@ def _open(path: Path) -> str | None:
 
 
 def _sources() -> list[Path]:
-    return sorted(SOURCES.rglob("*.cpp"))
+    found = sorted(SOURCES.rglob("*.cpp"))
+    stems = [path.stem for path in found]
+    assert len(set(stems)) == len(stems), f"torch names objects by their source's stem, which must differ: {stems}"
+    return found
 
 
 def _key() -> str:

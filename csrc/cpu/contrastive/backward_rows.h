@@ -74,7 +74,7 @@ class BackwardRows {
       work_.row_inverse(rows, prefix, problem_.first_row(term) + tile.first, tile, inverse_);
       std::fill_n(sums_, tile.padded, 0.0f);
       const int64_t at = rows_.statistic(term.softmax, prefix) + tile.offset;
-      tile_kernels().weigh(
+      tile_kernels().backward(
           {scores, wider, weights, ld, weights_ld, weights_ld, count, tile.padded,
            work_.logit_factor(term, term.hard_everywhere), work_.logit_factor(term, false), duplicates.view,
            rows_.shift.data() + at, rows_.softmax_coefficient.data() + at, rows_.positive_share.data() + at, inverse_,

@@ -89,8 +89,8 @@ Outputs contrastive_op(
     const std::optional<Tensor>& document_ids, const std::optional<Tensor>& guide_queries,
     const std::optional<Tensor>& guide_documents, double scale, c10::string_view term_layout,
     c10::ArrayRef<double> terms, c10::IntArrayRef dims, c10::ArrayRef<double> dim_weights, bool cosine, bool unshifted,
-    double eps, double guide_margin, bool guide_margin_relative, int64_t row_offset, int64_t precision,
-    int64_t block_bytes, std::array<bool, 5> needs) {
+    double eps, c10::ArrayRef<double> guide_margins, int64_t row_offset, int64_t precision, int64_t block_bytes,
+    std::array<bool, 5> needs) {
   TORCH_CHECK(
       term_layout == kTermLayout, "these kernels were built for other terms (", kTermLayout, ") than those given (",
       term_layout, ")");
@@ -137,8 +137,9 @@ Outputs contrastive_op(
       0 < problem.scale && std::isfinite(problem.scale), "scale must be positive and finite, got ", problem.scale);
   problem.unshifted = unshifted;
   problem.eps = eps;
-  problem.guide_margin = guide_margin;
-  problem.guide_margin_relative = guide_margin_relative;
+  TORCH_CHECK(guide_margins.size() == 2, "guide_margins must be two numbers");
+  problem.guide_margin = guide_margins[0];
+  problem.guide_relative_margin = guide_margins[1];
   problem.block_bytes = block_bytes;
   if (weights) {
     TORCH_CHECK(
@@ -185,7 +186,7 @@ TORCH_LIBRARY_FRAGMENT(sbert_kernels, library) {
       "contrastive(Tensor queries, Tensor documents, Tensor? all_queries, Tensor? weights, "
       "Tensor? query_ids, Tensor? document_ids, Tensor? guide_queries, Tensor? guide_documents, float scale, "
       "str term_layout, float[] terms, int[] dims, float[] dim_weights, bool cosine, bool unshifted, float eps, "
-      "float guide_margin, bool guide_margin_relative, int row_offset, int precision, int block_bytes, bool[5] needs) "
+      "float[2] guide_margins, int row_offset, int precision, int block_bytes, bool[5] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -12,7 +12,7 @@
 // and at the end, where the similarity is cosine, dx -= x sum_p (sum of g s over x's row or column) / |x|^2 for each
 // vector: the gradient through its norm. Operands are read as they are: no normalised copies.
 //
-// The own positive stays out of the tiles (see rows.cpp). Memory: the similarities of a block of rows, at most
+// The positive stays out of the tiles (see rows.cpp). Memory: the similarities of a block of rows, at most
 // Problem::block_bytes. Every output element is written by one task, in a fixed order: no atomics, deterministic.
 #include <algorithm>
 

@@ -73,9 +73,9 @@ struct Problem {
   bool unshifted = true;  // no logit can be larger than what exp() holds: the softmax needs no maximum
   double scale = 1;
   double eps = 0;
-  double guide_margin = 0;
-  bool guide_margin_relative = false;
-  const double* weights = nullptr;  // [N], or null for equal weights
+  double guide_margin = 0;           // below the guide similarity s of the positive: this
+  double guide_relative_margin = 0;  // plus this times |s|
+  const double* weights = nullptr;   // [N], or null for equal weights
   bool want_gradient = false;
   int64_t block_bytes = 0;  // most bytes of similarities held at a time
 

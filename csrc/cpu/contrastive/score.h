@@ -65,7 +65,7 @@ class Scoring {
     for (int64_t i = 0; i < tile.count; ++i) {
       const float positive =
           guide_dots_[i * tile.padded + i] * guide_inverse_[i] * problem_.guide_documents.inverse_norm[document + i];
-      const double slack = problem_.guide_margin * (problem_.guide_margin_relative ? std::fabs(positive) : 1.0f);
+      const double slack = problem_.guide_margin + problem_.guide_relative_margin * std::fabs(positive);
       // A few units in the last place are a tie, as they are where stock computes both by the same sum.
       threshold_[i] = static_cast<float>(positive - slack + 8 * std::numeric_limits<float>::epsilon());
     }

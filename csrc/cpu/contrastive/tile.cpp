@@ -118,7 +118,7 @@ SBK_INLINE void sum_body(const StatisticsTile& t) {
 SBK_INLINE float finite(float score) { return score < -FLT_MAX ? -FLT_MAX : score; }
 
 template <bool Positives, bool Wider>
-SBK_INLINE void weigh_columns(const WeightTile& t) {
+SBK_INLINE void backward_columns_of_tile(const WeightTile& t) {
   const float* SBK_RESTRICT shift = t.shift;
   const float* SBK_RESTRICT coefficient = t.softmax_coefficient;
   const float* SBK_RESTRICT share = t.positive_share;
@@ -151,11 +151,11 @@ SBK_INLINE void weigh_columns(const WeightTile& t) {
   }
 }
 
-SBK_INLINE void weigh_body(const WeightTile& t) {
+SBK_INLINE void backward_body(const WeightTile& t) {
   if (t.duplicates.row_ids && t.duplicates.positive) {
-    t.wider ? weigh_columns<true, true>(t) : weigh_columns<true, false>(t);
+    t.wider ? backward_columns_of_tile<true, true>(t) : backward_columns_of_tile<true, false>(t);
   } else {
-    t.wider ? weigh_columns<false, true>(t) : weigh_columns<false, false>(t);
+    t.wider ? backward_columns_of_tile<false, true>(t) : backward_columns_of_tile<false, false>(t);
   }
 }
 
@@ -257,7 +257,7 @@ SBK_INLINE void add_scaled_body(const T* x, float factor, int64_t count, float* 
   TARGET void score_##NAME(const ScoreTile& t) { score_body(t); }                                           \
   TARGET void maximum_##NAME(const StatisticsTile& t) { maximum_body(t); }                                  \
   TARGET void sum_##NAME(const StatisticsTile& t) { sum_body(t); }                                          \
-  TARGET void weigh_##NAME(const WeightTile& t) { weigh_body(t); }                                          \
+  TARGET void backward_##NAME(const WeightTile& t) { backward_body(t); }                                    \
   TARGET void transpose_##NAME(                                                                             \
       const float* in, int64_t ld, int64_t columns, int64_t rows, float* out, int64_t out_ld) {             \
     transpose_body<SHUFFLES>(in, ld, columns, rows, out, out_ld);                                           \
@@ -282,7 +282,7 @@ SBK_INLINE void add_scaled_body(const T* x, float factor, int64_t count, float* 
       score_##NAME,                                                                                         \
       maximum_##NAME,                                                                                       \
       sum_##NAME,                                                                                           \
-      weigh_##NAME,                                                                                         \
+      backward_##NAME,                                                                                      \
       transpose_##NAME,                                                                                     \
       split_##NAME,                                                                                         \
       {dot_##NAME, dot_##NAME, add_scaled_##NAME},                                                          \

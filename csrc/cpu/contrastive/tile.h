@@ -84,7 +84,7 @@ struct TileKernels {
   void (*score)(const ScoreTile&);
   void (*maximum)(const StatisticsTile&);
   void (*sum)(const StatisticsTile&);
-  void (*weigh)(const WeightTile&);
+  void (*backward)(const WeightTile&);
   // [columns, ld] -> [rows, out_ld]
   void (*transpose)(const float* in, int64_t ld, int64_t columns, int64_t rows, float* out, int64_t out_ld);
   // x -> its bf16 rounding and, where asked for, the bf16 rounding of the rest.

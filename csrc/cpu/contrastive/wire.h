@@ -41,10 +41,9 @@ class TermReader {
     term.own_column = integer();
     for (const int64_t start : integers()) term.pairs.push_back({start, true, false});
     term.excluded = integers();
-    term.duplicates = static_cast<DuplicateRule>(integer());
-    TORCH_CHECK(
-        term.duplicates >= DuplicateRule::kKeep && term.duplicates <= DuplicateRule::kPositive,
-        "duplicates must be 0, 1 or 2, got ", static_cast<int64_t>(term.duplicates));
+    const int64_t duplicates = integer();
+    TORCH_CHECK(0 <= duplicates && duplicates <= 2, "duplicates must be 0, 1 or 2, got ", duplicates);
+    term.duplicates = static_cast<DuplicateRule>(duplicates);
     term.guided = number() != 0;
     term.hardness = number();
     term.hard_everywhere = number() != 0;
@@ -59,7 +58,9 @@ class TermReader {
   int64_t integer() { return static_cast<int64_t>(number()); }
   std::vector<int64_t> integers() {
     std::vector<int64_t> found;
-    for (int64_t left = integer(); left > 0; --left) found.push_back(integer());
+    const int64_t length = integer();
+    TORCH_CHECK(length >= 0, "a length must not be negative, got ", length);
+    for (int64_t left = length; left > 0; --left) found.push_back(integer());
     return found;
   }
 

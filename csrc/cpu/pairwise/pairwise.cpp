@@ -31,9 +31,9 @@ struct Sums {
   double sine = 0;                // b . c - a . d
 };
 
-// A gradient of a row: direct * other + rotated * (i other) - along * own.
+// A gradient of a row: direct * other + rotated * (i other) - radial * own.
 struct Combination {
-  double direct, rotated, along;
+  double direct, rotated, radial;
 };
 
 // bf16 rows are computed with as float.
@@ -79,8 +79,8 @@ template <bool Add, class T>
 SBK_INLINE void combine_body(
     const T* other, const T* own, int64_t dimension, const Combination& by, Real<T>* SBK_RESTRICT out) {
   using R = Real<T>;
-  const R direct = static_cast<R>(by.direct), rotated = static_cast<R>(by.rotated), along = static_cast<R>(by.along);
-  if (by.rotated == 0 && by.along == 0) {  // of dot products: free of the row's own infinities
+  const R direct = static_cast<R>(by.direct), rotated = static_cast<R>(by.rotated), radial = static_cast<R>(by.radial);
+  if (by.rotated == 0 && by.radial == 0) {  // of dot products: free of the row's own infinities
 #pragma omp simd
     for (int64_t i = 0; i < dimension; ++i) {
       const R value = direct * to_float(other[i]);
@@ -91,7 +91,7 @@ SBK_INLINE void combine_body(
   if (by.rotated == 0) {
 #pragma omp simd
     for (int64_t i = 0; i < dimension; ++i) {
-      const R value = direct * to_float(other[i]) - along * to_float(own[i]);
+      const R value = direct * to_float(other[i]) - radial * to_float(own[i]);
       out[i] = Add ? out[i] + value : value;
     }
     return;
@@ -100,13 +100,13 @@ SBK_INLINE void combine_body(
 #pragma omp simd
   for (int64_t i = 0; i < whole; ++i) {
     const R c = to_float(other[i]), d = to_float(other[half + i]);
-    const R real = (direct * c - rotated * d) - along * to_float(own[i]);
-    const R imaginary = (direct * d + rotated * c) - along * to_float(own[half + i]);
+    const R real = (direct * c - rotated * d) - radial * to_float(own[i]);
+    const R imaginary = (direct * d + rotated * c) - radial * to_float(own[half + i]);
     out[i] = Add ? out[i] + real : real;
     out[half + i] = Add ? out[half + i] + imaginary : imaginary;
   }
   if (whole < half) {
-    const R value = direct * to_float(other[whole]) - along * to_float(own[whole]);
+    const R value = direct * to_float(other[whole]) - radial * to_float(own[whole]);
     out[whole] = Add ? out[whole] + value : value;
   }
 }
@@ -270,15 +270,15 @@ void gradients(
         const double by_t = scores.angle ? (std::isnan(t) ? t : sign) * scores.angle[at] : 0;
         const double inverse = normed ? pair.inverse_x * pair.inverse_y : 0;
         const double rotated = by_t * inverse, direct = by_dot + by_cos * inverse + rotated;
-        const double along = (scores.cos ? by_cos * pair.cos : 0) + (scores.angle ? by_t * t : 0);
+        const double radial = (scores.cos ? by_cos * pair.cos : 0) + (scores.angle ? by_t * t : 0);
         if (x_gradient.data) {
-          const double own = normed && pair.norm_x ? along * pair.inverse_x * pair.inverse_x : 0;
+          const double own = normed && pair.norm_x ? radial * pair.inverse_x * pair.inverse_x : 0;
           Real<T>* out = x_row.at(x_gradient[i]);
           (column == 0 ? kernels.combine : kernels.add_combination)(
               y, x[i], shape.dimension, {direct, rotated, own}, out);
         }
         if (column_gradients[column].data) {
-          const double own = normed && pair.norm_y ? along * pair.inverse_y * pair.inverse_y : 0;
+          const double own = normed && pair.norm_y ? radial * pair.inverse_y * pair.inverse_y : 0;
           T* place = column_gradients[column][i];
           kernels.combine(x[i], y, shape.dimension, {direct, -rotated, own}, y_row.at(place));
           y_row.write(place, shape.dimension);

@@ -210,8 +210,8 @@ Tensor back_in_place(const Array<double>& values, const Pairs& pairs, double fac
 
 // Loss, and the gradients of scores, scale and weights where needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor> ranking_op(
-    const Tensor& scores, const Tensor& labels,
-    const std::optional<Tensor>& weights, double scale, std::array<bool, 3> needs) {
+    const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& weights, double scale,
+    std::array<bool, 3> needs) {
   const int64_t count = scores.numel();
   const auto vector = [&](const Tensor& tensor) {
     return tensor.device().is_cpu() && tensor.dim() == 1 && tensor.numel() == count && tensor.is_contiguous();

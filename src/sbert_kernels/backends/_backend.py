@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,14 +25,15 @@ class Backend(Protocol):
         summary: A few words for `python -m sbert_kernels info`.
         automatic: It may be chosen without being asked for.
         device: The type of the device that it is made for; None if it is made for any.
-        uses_autograd: It computes gradients by autograd, which is off in a graph of torch.compile.
+        by_definition: It computes everything by its definition, and gradients by autograd, which is off in a graph of
+            torch.compile.
     """
 
     name: str
     summary: str
     automatic: bool = True
     device: str | None = None
-    uses_autograd: bool = False
+    by_definition: bool = False
 
     def why_not_on(self, device: str, by_name: bool) -> str | None:
         """Returns why it cannot run on a device ("cuda:0"), or None if it can.
@@ -45,18 +47,22 @@ class Backend(Protocol):
         """Returns why it cannot serve a problem (None: the most usual one) where it runs, or None if it can."""
         return None
 
+    @abstractmethod
     def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
         """Returns loss and gradients of the contrastive operation."""
         ...
 
+    @abstractmethod
     def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
         """Returns loss and gradients of the ranking operation."""
         ...
 
+    @abstractmethod
     def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
         """Returns the scores of each similarity of the pairwise operation, (C * n,) each."""
         ...
 
+    @abstractmethod
     def pairwise_gradients(
         self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> PairwiseGradients:

@@ -27,10 +27,9 @@ def learnable(name: str, inputs: Sequence[Any]) -> list[Tensor]:
 
 
 def double_backward_guard(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns 0 * sum(tensors), so that a second derivative raises instead of returning zero.
+    """Returns a zero that depends on all of the tensors, so that a second derivative raises instead of being zero.
 
-    A gradient is made to depend on it: whichever of the tensors a second derivative is asked for, its way leads through
-    here, to the node that raises. It is a sum of empty slices, which keeps no tensor alive.
+    A gradient is made to depend on it. It is a sum of empty slices, so that it keeps no tensor in memory.
     """
     guard = tensors[0].new_zeros(())
     for tensor in tensors:

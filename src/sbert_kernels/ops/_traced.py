@@ -39,7 +39,7 @@ def _backend_in_graph(
     operation: str, requested: str | None, problem: Problem, needs: Sequence[bool]
 ) -> Iterator[Backend]:
     with backend_for(operation, requested, problem) as backend:
-        if backend.uses_autograd and any(needs):
+        if backend.by_definition and any(needs):
             raise RuntimeError(
                 f"backend {backend.name!r} differentiates by autograd, which is off inside a compiled graph: call it "
                 "outside of torch.compile, or choose another backend."

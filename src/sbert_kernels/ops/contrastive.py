@@ -118,7 +118,7 @@ def contrastive_loss(
         query_ids: int64, one for each query column, [N] or [W] with ``all_queries``. Equal ids mean equal texts.
         document_ids: int64, [M] for all documents in the order given.
         duplicates: What becomes of a column with the id of the row's own column: "keep" it as a negative (as stock
-            does), "mask" it, or count it as a further "positive" (the positive part is then the mean over the row's
+            does), "mask" it, or count it as a duplicate "positive" (the positive part is then the mean over the row's
             positives; a duplicate of the row itself, in the directions without a positive, is masked).
         guide_queries: A guide model's vectors of the queries, [N, G]: candidates that its cosine finds closer to the
             row than the row's own positive (less a margin) are false negatives, and excluded. As in GISTEmbedLoss,
@@ -213,7 +213,7 @@ def _validated(
     directions = _directions(directions, partition_mode)
     checks.one_of("hardness_mode", hardness_mode, contract.HARDNESS_MODES)
     hardness_strength = checks.constant("hardness_strength", hardness_strength)
-    # A comparison with it decides, so its gradient is 0 whatever it is.
+    # The margin only enters a comparison, so its gradient is always 0.
     margin = checks.number("margin", margin)
     if not 0 <= hardness_strength < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {hardness_strength}.")
@@ -258,10 +258,10 @@ def _validated(
             directions=directions,
             partition_mode=partition_mode,
             hardness_mode=hardness_mode,
-            hardness_strength=hardness_strength,
+            hardness_strength=float(hardness_strength),
             duplicates=duplicates,
             margin_strategy=margin_strategy,
-            margin=margin,
+            margin=float(margin),
             dims=dims,
             dim_weights=dim_weights,
         ),

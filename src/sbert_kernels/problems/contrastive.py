@@ -27,6 +27,8 @@ from .scale import Scale
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
+# For each mode: are entries hard everywhere but on the exceptions, and are the row's hard negatives the exceptions?
+_HARDNESS_RULES = {"in_batch_negatives": (True, True), "hard_negatives": (False, True), "all_negatives": (True, False)}
 SIMILARITIES = ("cos", "dot")
 DUPLICATES = ("keep", "mask", "positive")
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -68,15 +70,16 @@ class Term:
         columns_are_queries: The columns are the queries; otherwise the first ``columns`` documents.
         columns: Number of columns.
         softmax: Number of the softmax that the term belongs to, from 0 on; terms of one number share it.
-        own_column: Column of row 0's own query or positive. Duplicates are equal to it; it is none itself.
+        own_column: Column that holds row 0's own query or positive. Other columns with its id are duplicates.
         positive: The diagonal of the positives (``own_column``), or None if the term has none.
         excluded: Diagonals that are never in the softmax: the row itself, its query's other documents.
         duplicates: What becomes of columns with the id of the row's own column: "keep" (ids are not looked at), "mask"
-            (excluded) or "positive" (a further positive).
-        guided: The guide excludes columns, but neither the positive nor duplicates that are positives.
+            (excluded) or "positive" (a duplicate positive).
+        guided: The guide may exclude columns of this term, but never the positive or a duplicate positive.
         hardness: Strength of the penalty ``hardness * stop_gradient(similarity)`` on hard entries; 0 for none.
-        hard_everywhere: All entries are hard but those of ``hardness_exceptions``; otherwise none but those.
-        hardness_exceptions: Diagonals of the row's own hard negatives. Positives are never hard.
+        hard_everywhere: If True, all entries are hard except those on ``hardness_exceptions`` and the positives. If
+            False, only those on ``hardness_exceptions`` are hard.
+        hardness_exceptions: Diagonals of hard negatives that differ from most entries, see ``hard_everywhere``.
     """
 
     rows_are_queries: bool
@@ -212,10 +215,10 @@ class ContrastiveProblem:
         if duplicates == "positive" and not has_positive:
             duplicates = "mask"
 
-        hardness = spec.hardness_strength if spec.hardness_mode and direction == "query_to_doc" else 0.0
-        hard = hardness > 0
-        # Validation sees to it that each column of negatives is as long as the positives where hardness is asked for.
-        apart = hard and spec.hardness_mode != "all_negatives"
+        hardness, everywhere, exceptions = 0.0, False, False
+        if spec.hardness_mode is not None and spec.hardness_strength > 0 and direction == "query_to_doc":
+            # Validation sees to it that each column of negatives is then as long as the positives.
+            hardness, (everywhere, exceptions) = spec.hardness_strength, _HARDNESS_RULES[spec.hardness_mode]
         return Term(
             rows_are_queries=from_query,
             columns_are_queries=to_query,
@@ -227,8 +230,8 @@ class ContrastiveProblem:
             duplicates=duplicates,
             guided=self.guided,
             hardness=hardness,
-            hard_everywhere=hard and spec.hardness_mode != "hard_negatives",
-            hardness_exceptions=own_documents[1:] if apart else (),
+            hard_everywhere=everywhere,
+            hardness_exceptions=own_documents[1:] if exceptions else (),
         )
 
     def column_ids(self, term: Term) -> Tensor | None:
@@ -236,15 +239,21 @@ class ContrastiveProblem:
         ids = self.query_ids if term.columns_are_queries else self.document_ids
         return None if term.duplicates == "keep" or ids is None else ids[: term.columns]
 
+    @property
+    def guide_margins(self) -> tuple[float, float]:
+        """The margin below the guide similarity s of the row's positive: the first number plus the second times |s|."""
+        margin = self.spec.margin
+        return (margin, 0.0) if self.spec.margin_strategy == "absolute" else (0.0, margin)
+
     def guide_threshold(self, own_similarity: Tensor) -> Tensor:
         """Returns the guide similarity above which a column is a false negative, from that of the row's positive.
 
         A copy of the positive ties with it exactly; a matrix product may round the two differently, so a few units
         in the last place are still a tie, as they are where stock computes both by the same sum.
         """
-        spec = self.spec
-        slack = spec.margin if spec.margin_strategy == "absolute" else own_similarity.abs() * spec.margin
-        return own_similarity - slack + 8 * torch.finfo(own_similarity.dtype).eps
+        absolute, relative = self.guide_margins
+        margin = own_similarity.abs() * relative if relative else absolute
+        return own_similarity - margin + 8 * torch.finfo(own_similarity.dtype).eps
 
 
 def weight_sum(weights: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class _Pass:
 
     def _block_rows(self, n: int) -> int:
         element = self.queries.dtype.itemsize
-        every, widest = (combine(term.columns for term in self.terms) for combine in (sum, max))
+        every, widest = sum(term.columns for term in self.terms), max(term.columns for term in self.terms)
         row_bytes = every * element
         if self.guides:  # similarities of one term, and what they exclude
             row_bytes += widest * (element + 1)
@@ -251,7 +251,7 @@ class _Pass:
             if result.duplicates is not None:
                 mended = torch.where(_diagonal(result.duplicates, start, block), entries, mended)
             entries.copy_(mended)
-        if guide_buffer is not None:
+        if term.guided and guide_buffer is not None:
             guide = self._guide(term, block, own_documents, guide_buffer)
             if term is self.terms[0]:  # query_to_doc, as in every problem
                 # Out of the product itself: a copy of the positive ties with it, whatever the product rounds to.
@@ -295,12 +295,12 @@ class _Pass:
         total = others + sum(positive_exp)
 
         count = torch.full_like(share, len(positive))  # positives of each row
-        mean_positive = torch.stack(positive).sum(dim=0)
+        duplicate_logits = torch.zeros_like(share)
         for part in parts:
             if part.duplicates is not None:
                 count += part.duplicates.sum(dim=1)
-                mean_positive += part.duplicate_logits
-        mean_positive /= count
+                duplicate_logits += part.duplicate_logits
+        mean_positive = (reduce(torch.add, positive) + duplicate_logits) / count
         # logsumexp less the positive's logit, exact where the others are few or far below
         excess = reduce(torch.logaddexp, [logit - positive[0] for logit in (*positive, others.log() + shift)])
         losses = excess + (positive[0] - mean_positive)

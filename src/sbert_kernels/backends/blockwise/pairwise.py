@@ -97,15 +97,15 @@ class _Pairs:
         """Takes the gradients of the block's scores; to be called before those of x and y are asked for."""
         zero = self.dots.new_zeros(())
         dot, cos, angle = (gradients.get(name, zero) for name in ("dot", "cos", "angle"))
-        self.direct, self.rotated, self.along = dot, None, None
+        self.direct, self.rotated, self.radial = dot, None, None
         if set(gradients) <= {"dot"}:
             return
         both = self.inverse[0] * self.inverse[1]
-        self.direct, self.along = dot + cos * both, cos * self.cos
+        self.direct, self.radial = dot + cos * both, cos * self.cos
         if "angle" in gradients:
             turned = angle * self.signed_angle.sign()
             self.rotated = turned * both
-            self.direct, self.along = self.direct + self.rotated, self.along + turned * self.signed_angle
+            self.direct, self.radial = self.direct + self.rotated, self.radial + turned * self.signed_angle
 
     def x_gradient(self) -> Tensor:
         return self._gradient(self.y, self.x, side=0)
@@ -124,8 +124,8 @@ class _Pairs:
             turn = column(self.rotated if side == 0 else -self.rotated)
             result[:, : imaginary.shape[1]].addcmul_(imaginary, turn, value=-1)
             result[:, half:].addcmul_(real[:, : imaginary.shape[1]], turn)
-        if self.along is not None:
-            result.addcmul_(own, column(self.along * self.through_norm[side]), value=-1)
+        if self.radial is not None:
+            result.addcmul_(own, column(self.radial * self.through_norm[side]), value=-1)
         return result
 
     def _halves(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -60,7 +60,7 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     def ids(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.contiguous()
 
-    spec, weights = problem.spec, problem.weights
+    weights = problem.weights
     loss, *gradients = torch.ops.sbert_kernels.contrastive(
         queries=operand(problem.queries),
         documents=operand(documents),
@@ -78,8 +78,7 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
         cosine=problem.cosine,
         unshifted=problem.unshifted,
         eps=problem.eps,
-        guide_margin=spec.margin,
-        guide_margin_relative=spec.margin_strategy == "relative",
+        guide_margins=problem.guide_margins,
         row_offset=problem.row_offset,
         precision=precision,
         block_bytes=_block_bytes(problem),

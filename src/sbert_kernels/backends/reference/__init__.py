@@ -20,7 +20,7 @@ class ReferenceBackend(Backend):
     name = "reference"
     summary = "eager torch, holds every matrix, the ground truth"
     automatic = False
-    uses_autograd = True
+    by_definition = True
 
     def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
         """Returns loss and gradients of the contrastive operation."""

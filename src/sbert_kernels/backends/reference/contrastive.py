@@ -15,7 +15,8 @@ from ...problems.contrastive import DIRECTIONS, ContrastiveProblem, ContrastiveR
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     """Returns loss and gradients of the operation; holds every similarity matrix several times over."""
-    scale = torch.as_tensor(problem.scale.given, dtype=torch.float64, device=problem.device)
+    given = problem.scale.given
+    scale = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
     inputs = {
         "queries": (problem.queries, needs.queries),
         "documents": (torch.cat(problem.documents), needs.documents),
@@ -24,7 +25,7 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
         "weights": (problem.weights, needs.weights),
     }
     leaves = {
-        name: tensor.detach().to(problem.dtype).requires_grad_(need)
+        name: tensor.detach().to(problem.device, problem.dtype).requires_grad_(need)
         for name, (tensor, need) in inputs.items()
         if tensor is not None
     }
@@ -115,7 +116,10 @@ def direction_logits(
     if problem.guide_queries is not None:
         guide_queries, guide_documents = _guide_vectors(problem)
         guide_rows, guide_columns = sides(guide_queries, guide_queries, guide_documents)
-        threshold = problem.guide_threshold((guide_queries * guide_documents[own_documents]).sum(dim=1))
+        own_similarity = (guide_queries * guide_documents[own_documents]).sum(dim=1)
+        margin = spec.margin * (own_similarity.abs() if spec.margin_strategy == "relative" else 1.0)
+        # Copies of the positive tie with it, though a matrix product may round the two differently.
+        threshold = own_similarity - margin + 8 * torch.finfo(own_similarity.dtype).eps
         excluded |= (guide_rows @ guide_columns.T > threshold[:, None]) & ~positive
 
     z = scale * similarity
