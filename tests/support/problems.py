@@ -120,6 +120,8 @@ def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) 
         "hardness_strength": draw(st.sampled_from([0.0, 3.0])),
         "duplicates": draw(st.sampled_from(["keep", "mask", "positive"])),
     }
+    if not guided:
+        options["label_smoothing"] = draw(st.sampled_from([0.0, 0.0, 0.1, 1.0]))
     if draw(st.booleans()):
         widths = st.integers(narrowest, dim)
         prefixes = draw(st.dictionaries(widths, st.sampled_from([1.0, 0.3, -2.0, 0.0]), min_size=1, max_size=8))

@@ -33,6 +33,7 @@ from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, double_backward_guard, learnable, scaled
 from ._dispatch import backend_for
+from ._smoothing import compute
 
 
 class _Contrastive(torch.autograd.Function):
@@ -67,7 +68,7 @@ def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> cont
     if not readable(*problem.tensors()):
         return _traced.contrastive(problem, backend, needs)
     with backend_for("contrastive", backend, problem) as chosen:
-        return chosen.contrastive(problem, needs)
+        return compute(chosen, problem, needs)
 
 
 def contrastive_loss(
@@ -80,6 +81,7 @@ def contrastive_loss(
     partition_mode: str = "joint",
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
+    label_smoothing: float = 0.0,
     weights: Tensor | None = None,
     query_ids: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -114,6 +116,10 @@ def contrastive_loss(
         hardness_mode: None, "in_batch_negatives", "hard_negatives" or "all_negatives": which documents get
             ``hardness_strength * stop_gradient(similarity)`` added to their logit.
         hardness_strength: Not negative.
+        label_smoothing: Part a of the target, in 0 .. 1, that is spread evenly over all candidates of the row, the
+            positive included; 1 - a stays on the positive (Szegedy et al. 2015, arXiv 1512.00567; as in
+            ``torch.nn.CrossEntropyLoss``). What is excluded is no candidate. Not with a guide, for which each pair
+            would have to be looked at once more.
         weights: Weight of each row, [N]; the loss is the weighted mean. 0 where no row has one.
         query_ids: int64, one for each query column, [N] or [W] with ``all_queries``. Equal ids mean equal texts.
         document_ids: int64, [M] for all documents in the order given.
@@ -152,6 +158,7 @@ def contrastive_loss(
         partition_mode=partition_mode,
         hardness_mode=hardness_mode,
         hardness_strength=hardness_strength,
+        label_smoothing=label_smoothing,
         weights=weights,
         query_ids=query_ids,
         document_ids=document_ids,
@@ -190,6 +197,7 @@ def _validated(
     partition_mode: str,
     hardness_mode: str | None,
     hardness_strength: float,
+    label_smoothing: float,
     weights: Tensor | None,
     query_ids: Tensor | None,
     document_ids: Tensor | None,
@@ -217,6 +225,11 @@ def _validated(
     margin = checks.number("margin", margin)
     if not 0 <= hardness_strength < math.inf:
         raise ValueError(f"hardness_strength must be a number >= 0, got {hardness_strength}.")
+    label_smoothing = checks.constant("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in 0 .. 1, got {label_smoothing}.")
+    if label_smoothing > 0 and guide_queries is not None:
+        raise ValueError(f"label_smoothing={label_smoothing} cannot be combined with guide_queries.")
     checks.one_of("margin_strategy", margin_strategy, contract.MARGIN_STRATEGIES)
     if not abs(margin) < math.inf:
         raise ValueError(f"margin must be a finite number, got {margin}.")
@@ -259,6 +272,7 @@ def _validated(
             partition_mode=partition_mode,
             hardness_mode=hardness_mode,
             hardness_strength=float(hardness_strength),
+            label_smoothing=float(label_smoothing),
             duplicates=duplicates,
             margin_strategy=margin_strategy,
             margin=float(margin),

@@ -52,6 +52,7 @@ class ContrastiveSpec(Spec):
     partition_mode: str = "joint"
     hardness_mode: str | None = None
     hardness_strength: float = 0.0
+    label_smoothing: float = 0.0
     duplicates: str = "keep"
     margin_strategy: str = "absolute"
     margin: float = 0.0

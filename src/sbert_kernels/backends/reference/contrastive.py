@@ -61,14 +61,19 @@ def _loss(
     for direction in DIRECTIONS:
         if direction in problem.spec.directions:
             matrices.append(direction_logits(problem, direction, queries, documents, all_queries, scale))
+    smoothing = problem.spec.label_smoothing
     groups = [matrices] if problem.spec.partition_mode == "joint" else [[matrix] for matrix in matrices]
 
     loss = torch.zeros(len(queries), dtype=queries.dtype, device=queries.device)
     for group in groups:
         z = torch.cat([logits for logits, _ in group], dim=1)
         positive = torch.cat([positives for _, positives in group], dim=1)
-        positive_logit = z.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
-        loss = loss + (torch.logsumexp(z, dim=1) - positive_logit) / len(groups)
+        target_logit = mean_positive = z.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
+        if smoothing > 0:
+            candidate = z > -torch.inf
+            mean_candidate = z.masked_fill(~candidate, 0).sum(dim=1) / candidate.sum(dim=1)
+            target_logit = (1 - smoothing) * mean_positive + smoothing * mean_candidate
+        loss = loss + (torch.logsumexp(z, dim=1) - target_logit) / len(groups)
     return loss.mean() if weights is None else (weights * loss).sum() / weight_sum(weights)
 
 
