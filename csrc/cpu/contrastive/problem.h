@@ -32,7 +32,7 @@ struct Vectors {
 // Entries (i, start + i) of a term's matrix.
 struct Diagonal {
   int64_t start;
-  bool positive;  // the positive, or a hard negative whose hardness differs from that of the other entries
+  bool positive;  // true for the positive; false for a hard negative whose hardness differs from that of the others
   bool hard;      // its logit gets the hardness penalty
 };
 

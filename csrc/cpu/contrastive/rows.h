@@ -24,7 +24,7 @@ class BlockRows {
 
   // Own pairs: computed row by row in double precision.
   Array<double> pair_scores;  // [K, P, ld], similarities
-  Array<char> pair_live;      // [K, ld], in the softmax as a pair
+  Array<char> pair_live;      // [K, ld], 1 if the pair takes part in the softmax
 
   // What finish() makes of them.
   Array<float> softmax_coefficient;  // [G, P, ld], see WeightTile

@@ -1,6 +1,6 @@
-"""What ranks tell each other before they gather, and the pairs of all ranks for a ranking loss.
+"""Compares what the ranks are about to gather, and gathers the pairs of all ranks for a ranking loss.
 
-Of a pair only three numbers travel, in one collective, never an embedding.
+Each pair sends at most three numbers (score, label, weight), in one collective, and never an embedding.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..values import dry, readable, recorded
 
-# Sent along, so that ranks that disagree all find out, and none reads another's bits as what they are not.
+# Sent first, so that ranks with different dtypes raise an error instead of misreading each other's bytes.
 KINDS = (None, torch.int64, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 GATHERING = ("an in-batch loss", "a GIST loss", "a ranking loss")
 
 
 def several_ranks() -> bool:
+    """Returns True if torch.distributed runs with more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -222,7 +222,7 @@ class _Pass:
         """Returns z of one term, with -inf where the softmax must not look: exclusions, and the positive."""
         problem = self.problem
         rows, index, columns = self._sides(term, block, own_documents)
-        # Every entry gets the factor that most entries have; the few others are mended on their diagonals.
+        # All entries are multiplied by the most common factor; then the diagonals that need another are corrected.
         hard_factor = self.scale + term.hardness
         factor = hard_factor if term.hard_everywhere else self.scale
         n = block.stop - block.start
@@ -247,10 +247,10 @@ class _Pass:
                 z.masked_fill_(duplicates, -torch.inf)
         for start in term.hardness_exceptions:
             entries = _diagonal(z, start, block)
-            mended = entries * ((self.scale if term.hard_everywhere else hard_factor) / factor)
+            corrected = entries * ((self.scale if term.hard_everywhere else hard_factor) / factor)
             if result.duplicates is not None:
-                mended = torch.where(_diagonal(result.duplicates, start, block), entries, mended)
-            entries.copy_(mended)
+                corrected = torch.where(_diagonal(result.duplicates, start, block), entries, corrected)
+            entries.copy_(corrected)
         if term.guided and guide_buffer is not None:
             guide = self._guide(term, block, own_documents, guide_buffer)
             if term is self.terms[0]:  # query_to_doc, as in every problem

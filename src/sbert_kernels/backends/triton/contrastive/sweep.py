@@ -150,7 +150,7 @@ def sweep(
     b_stride,
     n_a,
     n_b,
-    width,  # D, in a form that the compiler does not know
+    width,  # D, given at run time, so that the loop over it is not unrolled
     a_inverse_norms,  # (K, n_a) fp32, 1 / norm of each prefix; None: dot products
     a_inverse_norms_stride,
     b_inverse_norms,  # (K, n_b)
