@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md, the page of all recorded results, and the picture beside it.
 
 The results are JSON files in a folder for each machine, as the benchmarks write them; the page says nothing that is not
-in them. A clone has them in benchmarks/results; an installed package is told where they are.
+in them. A clone has them in benchmarks/results: run it in the root of one, or say where they are.
 
     python -m sbert_kernels bench report [--results FOLDER] [--out FILE]
 """
@@ -16,7 +16,7 @@ from typing import Any
 from sbert_kernels.bench.results import TITLES, Result, read
 from sbert_kernels.bench.studies import BENCH, shown
 
-CLONE = Path(__file__).resolve().parents[3]
+RESULTS, PAGE = Path("benchmarks/results"), Path("docs/benchmarks.md")
 PICTURE = "step-time.svg"
 INTRODUCTION = f"""# Benchmarks
 
@@ -38,25 +38,24 @@ which ours is slower are shown like all others.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench report`` to a parser."""
     parser.add_argument(
-        "--results", type=Path, metavar="FOLDER", help="a folder for each machine (default: the clone's)"
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        default=RESULTS,
+        help=f"it holds a folder for each machine (default: {RESULTS})",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page; the picture goes beside it (default: the clone's)"
+        "--out", type=Path, metavar="FILE", default=PAGE, help=f"the page; the picture goes beside it (default: {PAGE})"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page and its picture, and says where."""
-    clone = CLONE if (CLONE / "benchmarks" / "results").is_dir() else None
-    for name, value in (("--results", args.results), ("--out", args.out)):
-        if value is None and clone is None:
-            raise SystemExit(f"argument {name}: wanted one, since sbert_kernels does not run from a clone")
-    folder = args.results or CLONE / "benchmarks" / "results"
-    out = args.out or CLONE / "docs" / "benchmarks.md"
+    folder, out = args.results, args.out
     results = read(folder)
     if not results:
         raise SystemExit(
-            f"argument --results: got {folder}, wanted one that holds a folder of JSON files for each machine"
+            f"argument --results: got {folder.absolute()}, wanted one that holds a folder of JSON files for each machine"
         )
 
     from sbert_kernels.bench import picture
