@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     results = read(folder)
     if not results:
         raise SystemExit(
-            f"argument --results: got {folder.absolute()}, wanted one that holds a folder of JSON files for each machine"
+            f"argument --results: got {folder.absolute()}, wanted one that holds a folder of JSON files a machine"
         )
 
     from sbert_kernels.bench import picture
