@@ -31,9 +31,9 @@ def double_backward_guard(tensors: Sequence[Tensor]) -> Tensor:
 
     A gradient is made to depend on it. It is a sum of empty slices, so that it keeps no tensor in memory.
     """
-    guard = tensors[0].new_zeros(())
-    for tensor in tensors:
-        guard = guard + (tensor[:0] if tensor.dim() else tensor.expand(0)).sum()
+    guard, *others = [(tensor[:0] if tensor.dim() else tensor.expand(0)).sum() for tensor in tensors]
+    for other in others:
+        guard = guard + other
     return guard
 
 

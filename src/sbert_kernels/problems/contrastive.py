@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,55 @@ class Term:
     hardness: float
     hard_everywhere: bool
     hardness_exceptions: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _terms(
+    spec: ContrastiveSpec,
+    guided: bool,
+    documents: tuple[int, ...],  # rows of each column
+    row_offset: int,
+    query_columns: int,
+    query_offset: int,
+) -> tuple[Term, ...]:
+    """Returns the terms of all problems of these sizes; a training asks for the same ones at every step."""
+
+    def term(direction: str, softmax: int) -> Term:
+        world = documents[0]
+        from_query, to_query = direction.startswith("query"), direction.endswith("query")
+        own_column = query_offset if to_query else row_offset
+        own_documents = tuple(row_offset + column * world for column in range(len(documents)))
+        has_positive = from_query != to_query
+        # GISTEmbedLoss contrasts positives with positives only, and lets the guide alone exclude.
+        positives_only = guided and direction == "doc_to_doc"
+        excluded: tuple[int, ...] = ()
+        if not has_positive and not guided:
+            excluded = (own_column,) if to_query else own_documents
+        duplicates = spec.duplicates
+        if duplicates == "positive" and not has_positive:
+            duplicates = "mask"
+
+        hardness, everywhere, exceptions = 0.0, False, False
+        if spec.hardness_mode is not None and spec.hardness_strength > 0 and direction == "query_to_doc":
+            # Validation sees to it that each column of negatives is then as long as the positives.
+            hardness, (everywhere, exceptions) = spec.hardness_strength, _HARDNESS_RULES[spec.hardness_mode]
+        return Term(
+            rows_are_queries=from_query,
+            columns_are_queries=to_query,
+            columns=query_columns if to_query else world if positives_only else sum(documents),
+            softmax=softmax,
+            own_column=own_column,
+            positive=own_column if has_positive else None,
+            excluded=excluded,
+            duplicates=duplicates,
+            guided=guided,
+            hardness=hardness,
+            hard_everywhere=everywhere,
+            hardness_exceptions=own_documents[1:] if exceptions else (),
+        )
+
+    given = [direction for direction in DIRECTIONS if direction in spec.directions]
+    return tuple(term(d, 0 if spec.partition_mode == "joint" else index) for index, d in enumerate(given))
 
 
 @dataclass(frozen=True)
@@ -191,49 +241,13 @@ class ContrastiveProblem:
 
     def terms(self) -> tuple[Term, ...]:
         """Returns the terms, in stock's order of concatenation."""
-        return tuple(
-            self._term(direction, softmax=0 if self.spec.partition_mode == "joint" else index)
-            for index, direction in enumerate(d for d in DIRECTIONS if d in self.spec.directions)
-        )
+        lengths = tuple([len(column) for column in self.documents])
+        return _terms(self.spec, self.guided, lengths, self.row_offset, len(self.query_columns), self.query_offset)
 
     def softmaxes(self) -> list[tuple[Term, ...]]:
         """Returns the terms of each softmax: all of them (joint), or each alone (per direction)."""
         terms = self.terms()
         return [tuple(t for t in terms if t.softmax == softmax) for softmax in range(terms[-1].softmax + 1)]
-
-    def _term(self, direction: str, softmax: int) -> Term:
-        spec, world = self.spec, len(self.documents[0])
-        from_query, to_query = direction.startswith("query"), direction.endswith("query")
-        own_column = self.query_offset if to_query else self.row_offset
-        own_documents = tuple(self.row_offset + column * world for column in range(len(self.documents)))
-        has_positive = from_query != to_query
-        # GISTEmbedLoss contrasts positives with positives only, and lets the guide alone exclude.
-        positives_only = self.guided and direction == "doc_to_doc"
-        excluded: tuple[int, ...] = ()
-        if not has_positive and not self.guided:
-            excluded = (own_column,) if to_query else own_documents
-        duplicates = spec.duplicates
-        if duplicates == "positive" and not has_positive:
-            duplicates = "mask"
-
-        hardness, everywhere, exceptions = 0.0, False, False
-        if spec.hardness_mode is not None and spec.hardness_strength > 0 and direction == "query_to_doc":
-            # Validation sees to it that each column of negatives is then as long as the positives.
-            hardness, (everywhere, exceptions) = spec.hardness_strength, _HARDNESS_RULES[spec.hardness_mode]
-        return Term(
-            rows_are_queries=from_query,
-            columns_are_queries=to_query,
-            columns=len(self.query_columns) if to_query else world if positives_only else self.document_rows,
-            softmax=softmax,
-            own_column=own_column,
-            positive=own_column if has_positive else None,
-            excluded=excluded,
-            duplicates=duplicates,
-            guided=self.guided,
-            hardness=hardness,
-            hard_everywhere=everywhere,
-            hardness_exceptions=own_documents[1:] if exceptions else (),
-        )
 
     def column_ids(self, term: Term) -> Tensor | None:
         """Returns the ids of a term's columns, (columns,) int64, or None if the term does not look at ids."""

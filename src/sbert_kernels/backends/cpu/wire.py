@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 
 from ...problems.contrastive import DUPLICATES, Term
 
@@ -34,7 +34,13 @@ def term_layout() -> str:
 
 def encoded(terms: Sequence[Term]) -> list[float]:
     """Returns the terms as numbers, in the layout that :func:`term_layout` describes."""
-    return [float(number) for term in terms for number in _numbers(term)]
+    return [number for term in terms for number in _encoded_term(term)]
+
+
+@lru_cache(maxsize=256)
+def _encoded_term(term: Term) -> tuple[float, ...]:
+    """Returns one term as numbers; a training asks for the same ones at every step."""
+    return tuple(map(float, _numbers(term)))
 
 
 def _numbers(term: Term) -> Iterator[float]:
