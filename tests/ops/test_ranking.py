@@ -401,6 +401,7 @@ def test_a_forward_mode_derivative_raises(backend: str) -> None:
 @pytest.mark.parametrize("name", ["cpu", "blockwise"])
 def test_a_compiled_caller_is_compiled_twice_at_most_whatever_the_number_of_pairs(compiled: None, name: str) -> None:
     """Once for the first batch, once for any number of pairs; torch gives up after eight."""
+    torch.manual_seed(0)  # some draws have gradients so small that they are nothing but rounding
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(
