@@ -21,7 +21,7 @@ from ..problems.pairwise import PairwiseGradients, PairwiseProblem
 from ..problems.ranking import RankingProblem, RankingResult
 from ..problems.scale import Scale
 from ._dispatch import backend_for
-from ._smoothing import compute
+from ._smoothing import compute_with_smoothing
 
 Input = TypeVar("Input", Tensor, Tensor | float | None)
 
@@ -117,7 +117,7 @@ def _contrastive_loss(
     if problem.scale.value is not None:
         check_scale(problem.scale.value)
     with _backend_in_graph("contrastive", backend, problem, needs) as chosen:
-        return _filled(queries, compute(chosen, problem, Needs(*needs)))
+        return _filled(queries, compute_with_smoothing(chosen, problem, Needs(*needs)))
 
 
 @_contrastive_loss.register_fake
