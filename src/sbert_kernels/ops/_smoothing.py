@@ -24,7 +24,7 @@ from ..problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs,
 
 def compute_with_smoothing(backend: Backend, problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     """Returns loss and gradients of the contrastive operation: the backend's, and what smoothing adds to them."""
-    plain = backend.contrastive(problem, needs)
+    plain = backend.operations.contrastive.contrastive(problem, needs)
     if problem.spec.label_smoothing == 0 or backend.by_definition:
         return plain
     smoothing = _Smoothing(problem, needs)

@@ -169,7 +169,7 @@ def _ranking_loss(
     problem = RankingProblem(scores, labels, Scale(scale if scale_tensor is None else scale_tensor), weights)
     ranking_contract.check_values(problem)
     with _backend_in_graph("ranking", backend, problem, needs) as chosen:
-        return _filled(scores, chosen.ranking(problem, ranking_contract.Needs(*needs)))
+        return _filled(scores, chosen.operations.ranking.ranking(problem, ranking_contract.Needs(*needs)))
 
 
 @_ranking_loss.register_fake
@@ -193,7 +193,7 @@ def pairwise(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...
 def _pairwise(x: Tensor, columns: Sequence[Tensor], similarities: str, backend: Optional[str]) -> list[Tensor]:  # noqa: UP045
     problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
     with backend_for("pairwise", backend, problem) as chosen:
-        return list(chosen.pairwise(problem))
+        return list(chosen.operations.pairwise.pairwise(problem))
 
 
 @_pairwise.register_fake
@@ -225,7 +225,7 @@ def _pairwise_gradients(
 ) -> list[Tensor]:
     problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
     with _backend_in_graph("pairwise", backend, problem, needs) as chosen:
-        found = chosen.pairwise_gradients(problem, gradients, needs)
+        found = chosen.operations.pairwise.pairwise_gradients(problem, gradients, needs)
     return _filled(x, (found.x, *found.columns))
 
 
