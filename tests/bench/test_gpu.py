@@ -46,7 +46,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> gpu.Bench:
 # -- the jobs ---------------------------------------------------------------------------------------------------------
 
 
-def test_parity_comes_first_and_then_the_size_that_the_targets_name() -> None:
+def test_parity_comes_first_and_then_the_size_that_the_goals_name() -> None:
     jobs = plan()
     kinds = [job.kind for job in jobs]
     first = kinds.index("contrastive")

@@ -3,8 +3,8 @@
 Losses run as users run them: the class, its forward, loss.backward(), on embeddings that exist already. Jobs run in
 order of importance until `--minutes` are spent; what is left then is listed as not run. Errors and running out of
 memory are results. Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes;
-they are read against the same three products by the vendor's library. Which of the project's own targets a run meets
-says ``python -m benchmarks.targets`` in a clone.
+they are read against the same three products by the vendor's library. Which of the project's own goals a run meets
+says ``python -m benchmarks.goals`` in a clone.
 
     python -m sbert_kernels bench gpu [--quick]
 """

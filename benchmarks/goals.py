@@ -1,6 +1,6 @@
-"""Which of the project's targets a run of ``bench gpu`` meets, and where the cost model took the slower strategy.
+"""Says which of the project's goals a run of ``bench gpu`` meets, and where the cost model took the slower strategy.
 
-python -m benchmarks.targets benchmarks/results/h200
+python -m benchmarks.goals benchmarks/results/h200
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NOISE = 1.02  # ratios below are no choice of the wrong strategy
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds a target, if it is met (None: not measured), and what was found."""
+    """Holds a goal, if it is met (None: not measured), and what was found."""
 
-    target: str
+    goal: str
     met: bool | None
     found: str
 
@@ -35,7 +35,7 @@ class Verdict:
 
 
 def verdicts(rows: Mapping[str, Sequence[Mapping[str, Any]]], gpu: str) -> list[Verdict]:
-    """Returns what the rows of the reports, by kind, say of each target. Rows of ours that broke meet none."""
+    """Returns what the rows of the reports, by kind, say of each goal. Rows of ours that broke meet none."""
     in_batch_rows, memory_rows = rows.get("contrastive", ()), rows.get("memory", ())
     times = [*in_batch_rows, *rows.get("losses", ())]
 
@@ -70,24 +70,22 @@ def _ran(row: Mapping[str, Any]) -> bool:
     return not str(row["ours ms"]).startswith(NOT_RUN)
 
 
-def _bounded(
-    target: str, row: Mapping[str, Any], key: str, least: float = -math.inf, most: float = math.inf
-) -> Verdict:
+def _bounded(goal: str, row: Mapping[str, Any], key: str, least: float = -math.inf, most: float = math.inf) -> Verdict:
     value = row.get(key, math.nan)
     if not _number(value):
-        return Verdict(target, False if "note" in row else None, row.get("note", "-"))
-    return Verdict(target, least <= value <= most, f"{value:.3g}")
+        return Verdict(goal, False if "note" in row else None, row.get("note", "-"))
+    return Verdict(goal, least <= value <= most, f"{value:.3g}")
 
 
-def _fastest(target: str, rows: Sequence[Mapping[str, Any]], peer: str) -> Verdict:
+def _fastest(goal: str, rows: Sequence[Mapping[str, Any]], peer: str) -> Verdict:
     """Returns the verdict over every row in which the peer has a time."""
     compared = [row for row in rows if _number(row.get(f"{peer} ms")) and _ran(row)]
     if not compared:
-        return Verdict(target, None, "-")
+        return Verdict(goal, None, "-")
     ratios = {row["case"]: row[f"{peer} ms"] / row["ours ms"] if _number(row["ours ms"]) else 0.0 for row in compared}
     worst = min(ratios, key=ratios.__getitem__)
     text = f"at least {ratios[worst]:.3g} times, in {len(ratios)} cases; the least at {worst}"
-    return Verdict(target, ratios[worst] >= 1, text)
+    return Verdict(goal, ratios[worst] >= 1, text)
 
 
 def wrong_choices(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -101,7 +99,7 @@ def wrong_choices(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Reads the reports in a folder that ``bench gpu`` wrote, and prints the verdicts."""
-    parser = argparse.ArgumentParser(description="Says which targets a run of `bench gpu` meets.")
+    parser = argparse.ArgumentParser(description="Says which goals a run of `bench gpu` meets.")
     parser.add_argument("folder", type=Path, help="what --output of `bench gpu` named")
     folder = parser.parse_args().folder
     files = {kind: folder / f"gpu-{kind}.json" for kind in KINDS}
@@ -112,7 +110,7 @@ def main() -> None:
     rows = {kind: report["rows"] for kind, report in reports.items()}
     print(card)
     for verdict in verdicts(rows, card):
-        print(f"  {verdict.word}: {verdict.target} ({verdict.found})")
+        print(f"  {verdict.word}: {verdict.goal} ({verdict.found})")
     for line in wrong_choices(rows.get("contrastive", ())):
         print(f"  the cost model took the slower strategy: {line}")
 
