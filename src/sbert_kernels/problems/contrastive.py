@@ -253,7 +253,7 @@ class ContrastiveProblem:
     def shift(self) -> float:
         """What is subtracted from every logit of a bounded problem, so that sums of exponentials stay finite.
 
-        Natural units. The sums are those of all terms' columns, in float32.
+        In natural units. It allows for one float32 sum over the columns of all terms together.
         """
         columns = sum([term.columns for term in self.terms()])
         largest = LARGEST_EXPONENT - math.log(max(1.0, columns / MOST_COLUMNS))

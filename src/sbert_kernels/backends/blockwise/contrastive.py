@@ -310,6 +310,7 @@ class _Pass:
         if self.least_sum > 0:
             vanished = found.total < self.least_sum  # (B,)
             if vanished.any():
+                parts.clear()  # before there are other masks
                 parts = [self._logits(term, block, own_documents) for term in terms]
                 shift = torch.where(vanished, _largest(parts, positive), shift)
                 found = self._exponentiate(parts, positive, shift)
