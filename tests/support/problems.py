@@ -112,7 +112,7 @@ def problems(draw: st.DrawFn, rows: int, width: int, narrowest_cosine: int = 1) 
     partition = draw(st.sampled_from(["joint", "per_direction"]))
     extra = draw(st.sets(st.sampled_from(DIRECTIONS if partition == "joint" else DIRECTIONS[1:2])))
     options: dict[str, Any] = {
-        "scale": scale_of(draw(st.sampled_from([0.5, 19.9, 40.1, 150.0])), similarity, dim, draw(st.booleans())),
+        "scale": scale_of(draw(st.sampled_from([0.5, 19.9, 40.1, 95.0, 150.0])), similarity, dim, draw(st.booleans())),
         "similarity": similarity,
         "directions": ("query_to_doc", *sorted(extra)),
         "partition_mode": partition,

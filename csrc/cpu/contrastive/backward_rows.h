@@ -1,6 +1,6 @@
 // Second phase: gradients of the similarities of a tile of rows, in their place, and of the rows.
 //
-//   g_ij = exp(z_ij) share_i scale / l_i                          gradient of s_ij
+//   g_ij = exp(z_ij - shift_i) share_i scale / l_i                gradient of s_ij
 //   h_ij = g_ij / (|r_i| |c_j|), summed over the prefixes that hold a slice, from the widest down
 //   dr_i += sum_j h_ij c_j                                        slice by slice
 #pragma once

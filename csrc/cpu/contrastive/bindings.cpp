@@ -88,9 +88,9 @@ Outputs contrastive_op(
     const std::optional<Tensor>& weights, const std::optional<Tensor>& query_ids,
     const std::optional<Tensor>& document_ids, const std::optional<Tensor>& guide_queries,
     const std::optional<Tensor>& guide_documents, double scale, c10::string_view term_layout,
-    c10::ArrayRef<double> terms, c10::IntArrayRef dims, c10::ArrayRef<double> dim_weights, bool cosine, bool unshifted,
-    double eps, c10::ArrayRef<double> guide_margins, int64_t row_offset, int64_t precision, int64_t block_bytes,
-    std::array<bool, 5> needs) {
+    c10::ArrayRef<double> terms, c10::IntArrayRef dims, c10::ArrayRef<double> dim_weights, bool cosine,
+    std::optional<double> shift, double least_sum, double eps, c10::ArrayRef<double> guide_margins, int64_t row_offset,
+    int64_t precision, int64_t block_bytes, std::array<bool, 5> needs) {
   TORCH_CHECK(
       term_layout == kTermLayout, "these kernels were built for other terms (", kTermLayout, ") than those given (",
       term_layout, ")");
@@ -135,7 +135,10 @@ Outputs contrastive_op(
   problem.scale = scale;
   TORCH_CHECK(
       0 < problem.scale && std::isfinite(problem.scale), "scale must be positive and finite, got ", problem.scale);
-  problem.unshifted = unshifted;
+  TORCH_CHECK(!shift || std::isfinite(*shift), "shift must be finite, got ", *shift);
+  TORCH_CHECK(shift || least_sum == 0, "least_sum is for a given shift, of which there is none");
+  problem.shift = shift;
+  problem.least_sum = least_sum;
   problem.eps = eps;
   TORCH_CHECK(guide_margins.size() == 2, "guide_margins must be two numbers");
   problem.guide_margin = guide_margins[0];
@@ -185,9 +188,9 @@ TORCH_LIBRARY_FRAGMENT(sbert_kernels, library) {
   library.def(
       "contrastive(Tensor queries, Tensor documents, Tensor? all_queries, Tensor? weights, "
       "Tensor? query_ids, Tensor? document_ids, Tensor? guide_queries, Tensor? guide_documents, float scale, "
-      "str term_layout, float[] terms, int[] dims, float[] dim_weights, bool cosine, bool unshifted, float eps, "
-      "float[2] guide_margins, int row_offset, int precision, int block_bytes, bool[5] needs) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "str term_layout, float[] terms, int[] dims, float[] dim_weights, bool cosine, float? shift, "
+      "float least_sum, float eps, float[2] guide_margins, int row_offset, int precision, int block_bytes, "
+      "bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sbert_kernels, CPU, library) { library.impl("contrastive", Operator<contrastive_op>::call); }

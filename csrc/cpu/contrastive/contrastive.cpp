@@ -3,8 +3,8 @@
 // For a block of rows, for each term with row vectors r_i and column vectors c_j (prefixes of one or several widths p):
 //
 //   score             s_ij = (r_i . c_j) / (|r_i| |c_j|)         tile by tile, kept for the block; exclusions at -inf
-//                     l_i = sum_j exp(z_ij), z = scale s (+ hardness s)   while the tile is in the cache
-//   backward_rows     g_ij = exp(z_ij) share_i scale / l_i          gradient of s_ij, in place of s_ij
+//                     l_i = sum_j exp(z_ij - shift_i), z = scale s (+ hardness s)   while the tile is in the cache
+//   backward_rows     g_ij = exp(z_ij - shift_i) share_i scale / l_i   gradient of s_ij, in place of s_ij
 //                     h_ij = g_ij / (|r_i| |c_j|), summed over the prefixes that hold a slice, from the widest down
 //                     dr_i += sum_j h_ij c_j                        slice by slice: D-long products
 //   backward_columns  dc_j += sum_i h_ij r_i

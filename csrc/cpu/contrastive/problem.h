@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../common/memory.h"
@@ -70,7 +71,9 @@ struct Problem {
   const int64_t* query_ids = nullptr;     // of the query columns
   const int64_t* document_ids = nullptr;  // [M]
   bool cosine = true;
-  bool unshifted = true;  // no logit can be larger than what exp() holds: the softmax needs no maximum
+  // Subtracted from all logits before exp(), where their bound is known; else each row's own largest logit is.
+  std::optional<float> shift = 0.0f;
+  double least_sum = 0;  // of exp(logit - shift): rows with less get their own largest logit as shift after all
   double scale = 1;
   double eps = 0;
   double guide_margin = 0;           // below the guide similarity s of the positive: this

@@ -30,6 +30,7 @@ BlockRows::BlockRows(const Problem& problem, int64_t ld)
   duplicate_counts.resize(problem.softmaxes * ld);
   for (auto* values : {&pair_scores, &pair_gradient}) values->resize(pairs * prefixes_ * ld);
   pair_live.resize(pairs * ld);
+  own_shift.resize(ld);
   losses.resize(ld);
 }
 
@@ -39,8 +40,12 @@ void BlockRows::reset(int64_t first, int64_t last) {
       std::fill(values.begin() + begin + first, values.begin() + begin + last, value);
     }
   };
-  fill(maxima, kLowest);
-  fill(shift, 0.0f);
+  for (size_t begin = 0; begin < maxima.size(); begin += ld) {
+    for (int64_t row = first; row < last; ++row) {
+      maxima[begin + row] = own_shift[row] ? kLowest : -kLowest;
+      shift[begin + row] = own_shift[row] ? 0.0f : *problem_.shift;
+    }
+  }
   for (auto* values : {&sums, &duplicate_counts, &duplicate_scores, &losses}) fill(*values, 0.0);
   // Rows that only pad a tile keep these, so that their gradients are zero.
   fill(softmax_coefficient, 0.0f);
@@ -57,6 +62,29 @@ void BlockRows::raise_shift(int64_t softmax, int64_t prefix, int64_t row, float 
   if (sums[at] != 0) sums[at] *= std::exp(static_cast<double>(before) - shift[at]);
 }
 
+double BlockRows::sum_without(size_t pair, int64_t softmax, int64_t prefix, int64_t row) const {
+  const int64_t at = statistic(softmax, prefix) + row;
+  double sum = sums[at];
+  for (size_t k = 0; k < pairs_.size(); ++k) {
+    if (k != pair && in_softmax(k, softmax, row)) sum += std::exp(logit(k, prefix, row) - shift[at]);
+  }
+  return sum;
+}
+
+bool BlockRows::give_own_shifts(int64_t first, int64_t last) {
+  bool any = false;
+  for (int64_t softmax = 0; softmax < problem_.softmaxes; ++softmax) {
+    for (int64_t prefix = 0; prefix < prefixes_; ++prefix) {
+      for (int64_t row = first; row < last; ++row) {
+        if (!(sum_without(pairs_.size(), softmax, prefix, row) < problem_.least_sum)) continue;
+        own_shift[row] = 1;
+        any = true;
+      }
+    }
+  }
+  return any;
+}
+
 void BlockRows::finish(int64_t row, double share) {
   for (int64_t softmax = 0; softmax < problem_.softmaxes; ++softmax) {
     for (int64_t prefix = 0; prefix < prefixes_; ++prefix) {
@@ -67,36 +95,26 @@ void BlockRows::finish(int64_t row, double share) {
 
 void BlockRows::finish_softmax(int64_t row, int64_t softmax, int64_t prefix, double share) {
   const int64_t at = statistic(softmax, prefix) + row;
-  const auto in_softmax = [&](size_t k) { return pairs_[k].softmax == softmax && pair_live[k * ld + row]; };
-  const auto logit = [&](size_t k) { return pairs_[k].factor * pair_scores[pair(k, prefix) + row]; };
+  const auto in_softmax = [&](size_t k) { return this->in_softmax(k, softmax, row); };
+  const auto logit = [&](size_t k) { return this->logit(k, prefix, row); };
 
-  if (!problem_.unshifted) {
-    for (size_t k = 0; k < pairs_.size(); ++k) {
-      if (in_softmax(k)) raise_shift(softmax, prefix, row, static_cast<float>(logit(k)));
-    }
+  for (size_t k = 0; k < pairs_.size(); ++k) {
+    if (in_softmax(k)) raise_shift(softmax, prefix, row, static_cast<float>(logit(k)));
   }
-  const double shift_value = shift[at], others = sums[at];
+  const double shift_value = shift[at];
   const auto exponential = [&](size_t k) { return std::exp(logit(k) - shift_value); };
   // Sum without pair k: the others, not the total less the part of k, which is nearly all of it in a trained model.
-  const auto rest_of = [&](size_t k) {
-    double rest = others;
-    for (size_t other = 0; other < pairs_.size(); ++other) {
-      if (other != k && in_softmax(other)) rest += exponential(other);
-    }
-    return rest;
-  };
+  const auto rest_of = [&](size_t k) { return sum_without(k, softmax, prefix, row); };
 
-  double total = others, count = duplicate_counts[softmax * ld + row];
+  const double total = sum_without(pairs_.size(), softmax, prefix, row);
+  double count = duplicate_counts[softmax * ld + row];
   double positive_logits = problem_.scale * duplicate_scores[at];
   size_t positive = pairs_.size();  // the first positive
   for (size_t k = 0; k < pairs_.size(); ++k) {
-    if (!in_softmax(k)) continue;
-    total += exponential(k);
-    if (pairs_[k].positive) {
-      if (positive == pairs_.size()) positive = k;
-      count += 1;
-      positive_logits += logit(k);
-    }
+    if (!pairs_[k].positive || !in_softmax(k)) continue;
+    if (positive == pairs_.size()) positive = k;
+    count += 1;
+    positive_logits += logit(k);
   }
   const double positive_logit = logit(positive);
   // log(total) - positive_logit, exact where the others are few or far below.
@@ -107,7 +125,6 @@ void BlockRows::finish_softmax(int64_t row, int64_t softmax, int64_t prefix, dou
   if (!problem_.want_gradient) return;
 
   const double coefficient = share * weight * problem_.scale;
-  softmax_coefficient[at] = static_cast<float>(coefficient / total);
   positive_share[at] = static_cast<float>(coefficient / count);
   for (size_t k = 0; k < pairs_.size(); ++k) {
     double& gradient = pair_gradient[pair(k, prefix) + row];
@@ -122,6 +139,10 @@ void BlockRows::finish_softmax(int64_t row, int64_t softmax, int64_t prefix, dou
       gradient = coefficient * (((count - 1) * exponential(k) - rest_of(k)) / (count * total));
     }
   }
+  // The backward pass takes exp(logit - shift) anew. With a shift near the logarithm of the sum, its coefficient is
+  // near the row's share, in the middle of what float holds, wherever in exp(-53) .. exp(82) the sum lies.
+  if (total > 0 && std::isfinite(total)) shift[at] = static_cast<float>(shift_value + std::log(total));
+  softmax_coefficient[at] = static_cast<float>(coefficient / (total * std::exp(shift_value - shift[at])));
 }
 
 }  // namespace sbert_kernels

@@ -16,8 +16,9 @@ class BlockRows {
   const int64_t ld;
 
   // Statistics of the tiles, pairs apart.
-  Array<float> maxima;             // [G, P, ld], of the logits
-  Array<float> shift;              // [G, P, ld]
+  Array<char> own_shift;           // [ld], 1 if the shift is the row's largest logit, 0 if it is the problem's
+  Array<float> maxima;             // [G, P, ld], of the logits; inf without an own shift, which then nothing raises
+  Array<float> shift;              // [G, P, ld]; finish() leaves the one that softmax_coefficient is for
   Array<double> sums;              // [G, P, ld], of exp(logit - shift)
   Array<double> duplicate_counts;  // [G, ld], duplicate positives
   Array<double> duplicate_scores;  // [G, P, ld], sum of their similarities
@@ -35,14 +36,25 @@ class BlockRows {
   int64_t statistic(int64_t softmax, int64_t prefix) const { return (softmax * prefixes_ + prefix) * ld; }
   int64_t pair(int64_t pair, int64_t prefix) const { return (pair * prefixes_ + prefix) * ld; }
 
-  // Begins rows [first, last) of a block.
+  // Begins rows [first, last) of a block, each with the shift that own_shift says.
   void reset(int64_t first, int64_t last);
   // Lets a row know of a logit: moves its shift, if it is the largest so far, and its sum with it.
   void raise_shift(int64_t softmax, int64_t prefix, int64_t row, float maximum);
+  // Lets those of rows [first, last) have their own shift whose sum, pairs included, is less than problem.least_sum in
+  // any softmax or prefix. True if there are any.
+  bool give_own_shifts(int64_t first, int64_t last);
   // Loss and gradient factors of one row, whose share in the loss is given.
   void finish(int64_t row, double share);
 
  private:
+  bool in_softmax(size_t pair, int64_t softmax, int64_t row) const {
+    return pairs_[pair].softmax == softmax && pair_live[pair * ld + row];
+  }
+  double logit(size_t pair, int64_t prefix, int64_t row) const {
+    return pairs_[pair].factor * pair_scores[this->pair(pair, prefix) + row];
+  }
+  // Sum of exp(logit - shift), of all pairs but one (pairs_.size(): of all).
+  double sum_without(size_t pair, int64_t softmax, int64_t prefix, int64_t row) const;
   void finish_softmax(int64_t row, int64_t softmax, int64_t prefix, double share);
 
   const Problem& problem_;

@@ -1,6 +1,10 @@
 // First phase: similarities of a tile of rows with all columns, and their softmax statistics.
 //
-//   s_ij = (r_i . c_j) / (|r_i| |c_j|), exclusions at -inf        l_i = sum_j exp(z_ij), z = scale s (+ hardness s)
+//   s_ij = (r_i . c_j) / (|r_i| |c_j|), exclusions at -inf
+//   l_i = sum_j exp(z_ij - shift_i), z = scale s (+ hardness s)
+//
+// Where the logits are bounded, one shift serves all rows and is known beforehand. A tile with rows whose sums vanish
+// so far from the bound is scored again, with their largest logits as their shifts, which are found along the way.
 #pragma once
 
 #include <cmath>
@@ -33,8 +37,19 @@ class Scoring {
   // Similarities and softmax statistics of a tile of rows.
   void run(int64_t index) {
     const RowTile tile = work_.row_tile(index, begin_, count_);
-    rows_.reset(tile.offset, tile.offset + tile.padded);
     pack(tile);
+    find_maxima_ = !problem_.shift;
+    std::fill_n(rows_.own_shift.data() + tile.offset, tile.padded, static_cast<char>(find_maxima_));
+    score(tile);
+    if (problem_.least_sum > 0 && rows_.give_own_shifts(tile.offset, tile.offset + tile.count)) {
+      find_maxima_ = true;
+      score(tile);
+    }
+  }
+
+ private:
+  void score(const RowTile& tile) {
+    rows_.reset(tile.offset, tile.offset + tile.padded);
     size_t pair = 0;
     for (size_t term = 0; term < problem_.terms.size(); ++term) {
       const int64_t columns = problem_.terms[term].columns;
@@ -48,7 +63,6 @@ class Scoring {
     }
   }
 
- private:
   void pack(const RowTile& tile) {
     const bool guided = problem_.guide_queries.data;
     bool used[2] = {guided, false};
@@ -162,7 +176,7 @@ class Scoring {
 
   void add_statistics(const Term& term, int64_t prefix, const RowTile& tile, StatisticsTile statistics) {
     const int64_t at = rows_.statistic(term.softmax, prefix) + tile.offset;
-    if (!problem_.unshifted) {
+    if (find_maxima_) {
       std::fill_n(maxima_, tile.padded, kExcluded);
       tile_kernels().maximum(statistics);
       for (int64_t i = 0; i < tile.count; ++i) rows_.raise_shift(term.softmax, prefix, tile.offset + i, maxima_[i]);
@@ -192,6 +206,7 @@ class Scoring {
   Problem& problem_;
   BlockRows& rows_;
   const int64_t begin_, count_;
+  bool find_maxima_ = false;
   Buffer<Element> packs_[2];  // of queries, documents: [dimensions, rows]
   Buffer<float> guide_packs_[2];
   Buffer<float> dots_, guide_dots_, scores_;  // [columns, rows]

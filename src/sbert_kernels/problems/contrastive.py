@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,17 @@ SIMILARITIES = ("cos", "dot")
 DUPLICATES = ("keep", "mask", "positive")
 MARGIN_STRATEGIES = ("absolute", "relative")
 
-# exp(40) * 1e9 columns and exp(-40) are both normal fp32 numbers.
+# Cosine bounds the logits, so that one constant shift may serve the softmax of every row, without a search for its
+# largest logit. Up to this bound, 1 / 0.01, few rows or none need a shift of their own.
+BOUNDED_LOGIT = 100.0
+# exp(logit - shift) is exp(70) at most: times 2^18 columns 6.6e35, where float32 ends at 3.4e38.
+LARGEST_EXPONENT = 70.0
+MOST_COLUMNS = 2**18  # for more, the exponent is lowered by the logarithm of how many times more
+# A row is right if its sum of exp(logit - shift) is exp(-53) at least: what is lost below float32's smallest normal
+# number, exp(-87), is then less than exp(-34) = 2e-15 of the sum for each column.
+LEAST_EXPONENT = -53.0
+
+# Of the Triton backend, which knows no shift: exp(40) * 1e9 columns and exp(-40) are both normal float32 numbers.
 UNSHIFTED_LOGIT = 40.0
 
 
@@ -226,21 +236,49 @@ class ContrastiveProblem:
         """Number of documents M, of all columns together."""
         return sum(len(column) for column in self.documents)
 
-    @property
+    @cached_property
     def logit_bound(self) -> float:
         """The largest possible |logit|, or infinity if it can't be known without waiting for a device."""
         scale = self.scale.value
         if not self.cosine or scale is None:
             return math.inf
-        return abs(scale) + max(term.hardness for term in self.terms())
+        return abs(scale) + max([term.hardness for term in self.terms()])
+
+    @property
+    def bounded(self) -> bool:
+        """True if no |logit| is larger than ``BOUNDED_LOGIT``, so that one constant shift serves all rows."""
+        return self.logit_bound <= BOUNDED_LOGIT
+
+    @property
+    def shift(self) -> float:
+        """What is subtracted from every logit of a bounded problem, so that sums of exponentials stay finite.
+
+        In natural units. It allows for one float32 sum over the columns of all terms together.
+        """
+        columns = sum([term.columns for term in self.terms()])
+        largest = LARGEST_EXPONENT - math.log(max(1.0, columns / MOST_COLUMNS))
+        return max(0.0, self.logit_bound - largest)
+
+    @property
+    def sums_may_vanish(self) -> bool:
+        """True if a row of a bounded problem may have too small a sum, and must then be computed again.
+
+        That is a sum of exp(logit - shift), the positive included, below exp(``LEAST_EXPONENT``). The row is right with
+        a shift of its own, its largest logit.
+        """
+        return self.bounded and self.logit_bound + self.shift > -LEAST_EXPONENT
 
     @property
     def unshifted(self) -> bool:
-        """True if exp(logit) and its sums stay inside float32, so that the softmax needs no row maximum."""
+        """True if exp(logit) and its sums stay inside float32; for the Triton backend."""
         return self.logit_bound <= UNSHIFTED_LOGIT
 
     def terms(self) -> tuple[Term, ...]:
         """Returns the terms, in stock's order of concatenation."""
+        return self._found_terms
+
+    @cached_property  # several times in a call; it takes as long as torch takes for a small operation
+    def _found_terms(self) -> tuple[Term, ...]:
         lengths = tuple([len(column) for column in self.documents])
         return _terms(self.spec, self.guided, lengths, self.row_offset, len(self.query_columns), self.query_offset)
 

@@ -10,8 +10,9 @@ For a block of B rows R and all columns C, unit vectors where the similarity is 
 The loss is a scalar, so these are its gradients up to one factor, and the backward pass multiplies by that factor.
 Both products take e as it is: its row factor 1 / l goes to the thin side, which is D wide where e is M wide.
 
-Cosine bounds the logits by scale + hardness. Up to `UNSHIFTED_LOGIT` (see `problems/contrastive.py`), exp(z) and its
-row sums stay inside fp32, so no maximum is searched for (shift = 0). Otherwise the shift is the row maximum.
+Cosine bounds the logits by scale + hardness. Up to `BOUNDED_LOGIT` (see `problems/contrastive.py`), one constant shift
+serves all rows, and no maximum is searched for. A block with rows whose sums vanish so far from the bound is computed
+again; those rows then have the shift that logits without such a bound have: the row maximum.
 
 The row's own positive never goes through e. Its entry is excluded like others are, and its part of loss and gradient
 is added row-wise from its own dot product: the loss is log(1 + l_others / e_positive) and the gradient -l_others / l,
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
+from ...problems.contrastive import LEAST_EXPONENT, ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
 # Larger blocks gain nothing, but a matrix product packs all its columns anew for each block, so one of few rows loses.
 TARGET_BLOCK_BYTES = 32 * settings.MIB
@@ -51,8 +52,11 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
 class _Operand:
     """A set of vectors: a prefix of their values as the products use them, and the accumulator of their gradient."""
 
-    def __init__(self, parts: tuple[Tensor, ...], problem: ContrastiveProblem, cosine: bool, need: bool) -> None:
+    def __init__(
+        self, parts: tuple[Tensor, ...], problem: ContrastiveProblem, cosine: bool, need: bool, lift: float = 1.0
+    ) -> None:
         self.parts, self.cosine, self.need, self.eps = parts, cosine, need, problem.eps
+        self.lift = lift  # the gradient of the values is so many times as large; finish() divides by it
         self.dtype = torch.promote_types(parts[0].dtype, problem.dtype)
         self.total: Tensor | None = None  # (rows, D): the gradient of all prefixes so far
         self.values = parts[0].new_empty(0)  # (rows, d) for the prefix of d entries that was begun
@@ -79,7 +83,7 @@ class _Operand:
         self.before = None
         if self.cosine and not first:
             # What wider prefixes have left here is to come out of finish() unchanged.
-            self.gradient.mul_(self.norms)
+            self.gradient.mul_(self.norms * self.lift)
             self.before = torch.cat([self._radial(self.gradient, rows) for rows in self._row_blocks()])
 
     def finish(self) -> None:
@@ -89,7 +93,7 @@ class _Operand:
                 radial = self._radial(self.gradient, rows)
                 if self.before is not None:
                     radial -= self.before[rows]
-                self.gradient[rows].addcmul_(self.values[rows], radial, value=-1).div_(self.norms[rows])
+                self.gradient[rows].addcmul_(self.values[rows], radial, value=-1).div_(self.norms[rows] * self.lift)
         self.values = self.values.new_empty(0)  # before the next prefix holds other values
 
     def _radial(self, gradient: Tensor, rows: slice) -> Tensor:
@@ -112,19 +116,35 @@ class _Block:
     duplicate_logits: Tensor | float = 0.0  # (B,): their sum
 
 
+@dataclass
+class _Exponentials:
+    """Statistics of one softmax for one block of rows."""
+
+    others: Tensor  # (B,): sum of exp(logit - shift), positives apart
+    positive: list[Tensor]  # each (B,): exp(logit - shift) of the positives
+    total: Tensor  # (B,): of all
+
+
 class _Pass:
     """One call: operands, buffers and the loop over row blocks."""
 
     def __init__(self, problem: ContrastiveProblem, needs: Needs) -> None:
         self.problem, self.needs = problem, needs
         self.softmaxes = problem.softmaxes()
-        self.terms = problem.terms()
+        self.terms = [term for terms in self.softmaxes for term in terms]
         cosine = problem.cosine
-        self.queries = _Operand((problem.queries,), problem, cosine, needs.queries)
-        self.documents = _Operand(problem.documents, problem, cosine, needs.documents)
+        # On a GPU, seeing whether there are rows to be done again would wait for it.
+        bounded = problem.bounded and (problem.device.type == "cpu" or not problem.sums_may_vanish)
+        self.shift = problem.shift if bounded else None  # of all rows, or of each row its own
+        self.least_sum = math.exp(LEAST_EXPONENT) if bounded and problem.sums_may_vanish else 0.0
+        # With a constant shift, 1 / l may lie anywhere in exp(-83) .. exp(53). Times this power of two, exp(15), it is
+        # in the middle of what fp32 holds.
+        self.lift = 2.0**22 if bounded else 1.0
+        self.queries = _Operand((problem.queries,), problem, cosine, needs.queries, self.lift)
+        self.documents = _Operand(problem.documents, problem, cosine, needs.documents, self.lift)
         self.all_queries = self.queries
         if problem.all_queries is not None and any(term.columns_are_queries for term in self.terms):
-            self.all_queries = _Operand((problem.all_queries,), problem, cosine, needs.all_queries)
+            self.all_queries = _Operand((problem.all_queries,), problem, cosine, needs.all_queries, self.lift)
         self.operands = list({id(o): o for o in (self.queries, self.documents, self.all_queries)}.values())
         self.guides: list[_Operand] = []  # of queries, of documents; none without a guide
         if problem.guide_queries is not None:
@@ -132,7 +152,6 @@ class _Pass:
                 self.guides.append(_Operand(parts, problem, cosine=True, need=False))
                 self.guides[-1].begin(problem.guide_queries.shape[1])
         self.scale = problem.scale.factor(problem.dtype, problem.device)
-        self.unshifted = problem.unshifted
         self.grad = any(needs)
 
     def run(self) -> ContrastiveResult:
@@ -148,22 +167,20 @@ class _Pass:
         self.scale_gradient = torch.zeros((), dtype=problem.dtype, device=device)
 
         rows = self._block_rows(n)
-        buffers = {
+        self.buffers = {
             term: torch.empty(rows * term.columns, dtype=self.queries.dtype, device=device) for term in self.terms
         }
-        guide_buffer = None
         if self.guides:
-            guide_buffer = self.guides[0].values.new_empty(rows * max(term.columns for term in self.terms))
+            self.guide_buffer = self.guides[0].values.new_empty(rows * max(term.columns for term in self.terms))
         for dim, weight in zip(reversed(problem.dims), reversed(problem.dim_weights), strict=True):
             for operand in self.operands:
                 operand.begin(dim)
             prefix_share = share * weight
             for begin in range(0, n, rows):
                 block = slice(begin, min(begin + rows, n))
-                losses[block].add_(self._block(block, prefix_share[block], buffers, guide_buffer), alpha=weight)
+                losses[block].add_(self._block(block, prefix_share[block]), alpha=weight)
             for operand in self.operands:
                 operand.finish()
-        del buffers, guide_buffer
 
         loss = (share * losses).sum()
         return ContrastiveResult(
@@ -171,7 +188,7 @@ class _Pass:
             queries=self.queries.total,
             documents=self.documents.total,
             all_queries=self._all_queries_gradient(),
-            scale=self.scale_gradient if needs.scale else None,
+            scale=self.scale_gradient / self.lift if needs.scale else None,
             weights=(losses - loss) / weight_sum(weights) if needs.weights and weights is not None else None,
         )
 
@@ -193,14 +210,12 @@ class _Pass:
         budget = settings.block_bytes() // row_bytes
         return max(1, min(n, budget, max(MIN_BLOCK_ROWS, TARGET_BLOCK_BYTES // row_bytes)))
 
-    def _block(self, block: slice, share: Tensor, buffers: dict[Term, Tensor], guide_buffer: Tensor | None) -> Tensor:
+    def _block(self, block: slice, share: Tensor) -> Tensor:
         """Returns the losses of the rows in ``block``, (B,), and adds their part of every gradient."""
         own_documents = slice(block.start + self.problem.row_offset, block.stop + self.problem.row_offset)
-        logits = {term: self._logits(term, block, own_documents, buffers[term], guide_buffer) for term in self.terms}
         losses = torch.zeros_like(share)
         for terms in self.softmaxes:
-            parts = [logits[term] for term in terms]
-            losses += self._softmax(parts, block, own_documents, share / len(self.softmaxes)) / len(self.softmaxes)
+            losses += self._softmax(terms, block, own_documents, share / len(self.softmaxes)) / len(self.softmaxes)
         return losses
 
     def _sides(self, term: Term, block: slice, own_documents: slice) -> tuple[_Operand, slice, _Operand]:
@@ -211,14 +226,7 @@ class _Pass:
     def _positive_columns(self, term: Term, block: slice) -> slice:
         return slice(term.own_column + block.start, term.own_column + block.stop)
 
-    def _logits(
-        self,
-        term: Term,
-        block: slice,
-        own_documents: slice,
-        buffer: Tensor,
-        guide_buffer: Tensor | None,
-    ) -> _Block:
+    def _logits(self, term: Term, block: slice, own_documents: slice) -> _Block:
         """Returns z of one term, with -inf where the softmax must not look: exclusions, and the positive."""
         problem = self.problem
         rows, index, columns = self._sides(term, block, own_documents)
@@ -226,7 +234,7 @@ class _Pass:
         hard_factor = self.scale + term.hardness
         factor = hard_factor if term.hard_everywhere else self.scale
         n = block.stop - block.start
-        z = buffer[: n * term.columns].view(n, term.columns)
+        z = self.buffers[term][: n * term.columns].view(n, term.columns)
         # [B, D] @ [D, columns] -> [B, columns]
         torch.mm(rows.values[index] * factor, columns.values[: term.columns].T, out=z)
         result = _Block(term, z)
@@ -251,8 +259,8 @@ class _Pass:
             if result.duplicates is not None:
                 corrected = torch.where(_diagonal(result.duplicates, start, block), entries, corrected)
             entries.copy_(corrected)
-        if term.guided and guide_buffer is not None:
-            guide = self._guide(term, block, own_documents, guide_buffer)
+        if term.guided:
+            guide = self._guide(term, block, own_documents)
             if term is self.terms[0]:  # query_to_doc, as in every problem
                 # Out of the product itself: a copy of the positive ties with it, whatever the product rounds to.
                 self.threshold = problem.guide_threshold(_diagonal(guide, term.own_column, block).clone())
@@ -266,33 +274,47 @@ class _Pass:
             _diagonal(z, start, block).fill_(-torch.inf)
         return result
 
-    def _guide(self, term: Term, block: slice, own_documents: slice, buffer: Tensor) -> Tensor:
+    def _guide(self, term: Term, block: slice, own_documents: slice) -> Tensor:
         """Returns the cosine of the guide's vectors for one term, (B, columns)."""
         queries, documents = self.guides
         rows = queries.values[block] if term.rows_are_queries else documents.values[own_documents]
         columns = queries if term.columns_are_queries else documents
-        similarity = buffer[: len(rows) * term.columns].view(len(rows), term.columns)
+        similarity = self.guide_buffer[: len(rows) * term.columns].view(len(rows), term.columns)
         # [B, G] @ [G, columns] -> [B, columns]
         return torch.mm(rows, columns.values[: term.columns].T, out=similarity)
 
-    def _softmax(self, parts: list[_Block], block: slice, own_documents: slice, share: Tensor) -> Tensor:
+    def _exponentiate(self, parts: list[_Block], positive: list[Tensor], shift: float | Tensor) -> _Exponentials:
+        """Makes exp(z - shift) of z in place, and returns what a softmax over these terms needs to know of it.
+
+        ``positive`` are the positives' logits, each (B,); the shift is one of all rows, or (B,).
+        """
+        others = torch.zeros_like(positive[0])
+        for part in parts:
+            if isinstance(shift, Tensor):
+                part.z.sub_(shift[:, None])
+            elif shift != 0:
+                part.z.sub_(shift)
+            others += part.z.exp_().sum(dim=1)
+        positive_exp = [(logit - shift).exp() for logit in positive]
+        return _Exponentials(others, positive_exp, others + sum(positive_exp))
+
+    def _softmax(self, terms: tuple[Term, ...], block: slice, own_documents: slice, share: Tensor) -> Tensor:
         """Returns the losses of one softmax over the given terms, (B,), and adds the gradients that follow from them.
 
         ``share`` (B,) is the weight of each row in the loss.
         """
+        parts = [self._logits(term, block, own_documents) for term in terms]
         positive = [self.scale * part.positive for part in parts if part.positive is not None]  # each (B,)
-        shift = torch.zeros_like(share)
-        if not self.unshifted:
-            shift = reduce(torch.maximum, [part.z.amax(dim=1) for part in parts] + positive)
-            # Of an infinite maximum the largest number: exp(x - inf) would make no number of every x.
-            shift = shift.masked_fill(shift == -math.inf, 0).clamp(max=torch.finfo(shift.dtype).max)
-        others = torch.zeros_like(share)
-        for part in parts:
-            if not self.unshifted:
-                part.z.sub_(shift[:, None])
-            others += part.z.exp_().sum(dim=1)
-        positive_exp = [(logit - shift).exp() for logit in positive]
-        total = others + sum(positive_exp)
+        shift = _largest(parts, positive) if self.shift is None else self.shift
+        found = self._exponentiate(parts, positive, shift)
+        if self.least_sum > 0:
+            vanished = found.total < self.least_sum  # (B,)
+            if vanished.any():
+                parts.clear()  # before there are other masks
+                parts = [self._logits(term, block, own_documents) for term in terms]
+                shift = torch.where(vanished, _largest(parts, positive), shift)
+                found = self._exponentiate(parts, positive, shift)
+        others, positive_exp, total = found.others, found.positive, found.total
 
         count = torch.full_like(share, len(positive))  # positives of each row
         duplicate_logits = torch.zeros_like(share)
@@ -307,7 +329,7 @@ class _Pass:
         if not self.grad:
             return losses
 
-        share = share * self.scale
+        share = share * (self.scale * self.lift)
         coefficient = share / total
         for part in parts:
             if part.duplicates is not None:
@@ -347,6 +369,13 @@ class _Pass:
             columns.gradient[partners].addcmul_(d_positive[:, None], rows.values[index])
         if self.needs.scale:
             self.scale_gradient += (d_positive * part.positive).sum() / self.scale
+
+
+def _largest(parts: list[_Block], positive: list[Tensor]) -> Tensor:
+    """Returns the largest logit of each row, (B,), as a shift; ``positive`` are those of the positives, each (B,)."""
+    largest = reduce(torch.maximum, [part.z.amax(dim=1) for part in parts] + positive)
+    # Of an infinite maximum the largest number: exp(x - inf) would make no number of every x.
+    return largest.masked_fill(largest == -math.inf, 0).clamp(max=torch.finfo(largest.dtype).max)
 
 
 def _prefix(matrix: Tensor, dim: int) -> Tensor:

@@ -13,13 +13,14 @@ elsewhere) in float32. Sums, softmax, positives and loss are float32 or better i
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from ... import extension, settings
-from ...problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs
+from ...problems.contrastive import LEAST_EXPONENT, ContrastiveProblem, ContrastiveResult, Needs
 from . import wire
 
 # Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
@@ -76,7 +77,8 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
         dims=problem.dims,
         dim_weights=problem.dim_weights,
         cosine=problem.cosine,
-        unshifted=problem.unshifted,
+        shift=problem.shift if problem.bounded else None,
+        least_sum=math.exp(LEAST_EXPONENT) if problem.sums_may_vanish else 0.0,
         eps=problem.eps,
         guide_margins=problem.guide_margins,
         row_offset=problem.row_offset,
