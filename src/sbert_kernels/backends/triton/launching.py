@@ -218,7 +218,7 @@ class Prepared:
                     start(self.grid, driver.get_current_stream(self._device), values)
 
     def _is_watched(self) -> bool:
-        return bool(self.kernel.pre_run_hooks) or _someone_listens()
+        return bool(getattr(self.kernel, "pre_run_hooks", ())) or _someone_listens()
 
     def _first(self, recorder: _Recorder | None, arguments: dict[str, Any]) -> None:
         """Starts the kernel by :func:`launch`, and remembers the start that this found or made."""
@@ -300,7 +300,11 @@ class _Kernel:
 
         ``instead`` of the driver another function may be called.
         """
-        kind = None if self.kernel.pre_run_hooks or _someone_listens() else self.kind_of(config, values, device)
+        kind = (
+            None
+            if getattr(self.kernel, "pre_run_hooks", ()) or _someone_listens()
+            else self.kind_of(config, values, device)
+        )
         start = None if kind is None else self.starts.get(kind)
         if start is not None:
             start(grid, stream, values)
