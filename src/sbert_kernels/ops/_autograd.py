@@ -78,7 +78,8 @@ def scaled(
             continue
         # Detached, because a leaf keeps as its gradient what nobody else holds, and copies what is also saved here.
         product = gradient.mul_(grad_output).detach() if in_place else gradient * grad_output
-        results.append(product.to(dtype=dtype, device=device))
+        same = dtype == gradient.dtype and device == gradient.device
+        results.append(product if same else product.to(dtype=dtype, device=device))
     return once(name, results, guard)
 
 

@@ -44,11 +44,12 @@ class _Contrastive(torch.autograd.Function):
         ctx: Any,
         problem: ContrastiveProblem,
         backend: str | None,
+        real: bool,  # the values of all tensors may be read
         *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
     ) -> tuple[Tensor, Tensor]:
-        queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[2:]
+        queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[3:]
         needs = Needs(queries, any(documents), all_queries, scale, weights)
-        result = _run(problem, backend, needs)
+        result = _run(problem, backend, needs, real)
         guard = anchor(result.loss)
         # Saved in the accumulators' dtype, not the inputs': a gradient scaler multiplies before the rounding.
         ctx.save_for_backward(guard, result.queries, result.all_queries, result.scale, result.weights, result.documents)
@@ -59,29 +60,29 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         if grad_output is None:
-            return None, None, *(None for _ in wanted)
+            return None, None, None, *(None for _ in wanted)
         guard, *gradients, documents = ctx.saved_tensors
+        rows, destinations = ctx.document_rows, ctx.destinations
         # Columns that are alike are multiplied together, by one kernel.
-        rows, alike = ctx.document_rows, all(wanted[4:]) and len(set(ctx.destinations[4:])) == 1
-        columns = (documents,) if alike or documents is None else documents.split(rows)
-        if documents is None:
-            columns *= len(rows)
-        found = scaled(
-            "contrastive_loss",
-            (*gradients, *columns),
-            ctx.destinations[: 4 + len(columns)],
-            wanted[: 4 + len(columns)],
-            grad_output,
-            guard,
-        )
-        whole = found[4] if alike and len(rows) > 1 else None
-        return None, None, *found[:4], *(found[4:] if whole is None else whole.split(rows))
+        together = len(rows) == 1 or (all(wanted[4:]) and len(set(destinations[4:])) == 1)
+        if together:
+            gradients.append(documents)
+        else:
+            gradients += [None] * len(rows) if documents is None else documents.split(rows)
+        end = len(gradients)
+        found = scaled("contrastive_loss", gradients, destinations[:end], wanted[:end], grad_output, guard)
+        if together and len(rows) > 1:
+            whole = found.pop()
+            assert whole is not None
+            found += whole.split(rows)
+        return None, None, None, *found
 
 
-def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
-    if not readable(*problem.tensors()):
+def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs, real: bool) -> contract.ContrastiveResult:
+    """Returns the result of a problem; ``real``: its tensors hold values that may be read."""
+    if not real:
         return _traced.contrastive(problem, backend, needs)
     with backend_for("contrastive", backend, problem) as chosen:
         return compute_with_smoothing(chosen, problem, needs)
@@ -198,12 +199,11 @@ def contrastive_loss(
         problem.weights,
         *problem.documents,
     )
-    if learnable("contrastive_loss", inputs):
-        if not readable(*inputs):
-            inputs = _traced.distinct(inputs)
-        loss, _ = _Contrastive.apply(problem, backend, *inputs)
-        return loss
-    return _run(problem, backend, Needs()).loss
+    real = readable(*problem.tensors())
+    if not learnable("contrastive_loss", inputs):
+        return _run(problem, backend, Needs(), real).loss
+    loss, _ = _Contrastive.apply(problem, backend, real, *(inputs if real else _traced.distinct(inputs)))
+    return loss
 
 
 class _Options(NamedTuple):
@@ -280,22 +280,27 @@ def _validated(
 
 
 _PLAIN = {str, int, float, bool, type(None)}
-_specs: dict[Any, ContrastiveSpec] = {}  # of the options that came so far: a training gives the same ones at each step
+# Of the options that came so far, because a training gives the same ones at each step.
+_specs: dict[tuple[_Options, int], ContrastiveSpec] = {}
 
 
 def _spec(options: _Options, dimension: int) -> ContrastiveSpec:
     """Returns the specification of options, after a check of each, for embeddings of a dimension."""
-    key = (*[tuple(option) if isinstance(option, list) else option for option in options], dimension)
-    kinds = {type(part) for option in key for part in (option if isinstance(option, tuple) else (option,))}
-    # A tensor's number may change, and a compiler would watch what is kept here.
-    if not kinds <= _PLAIN or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(dimension) is not int:  # what traces would watch what is kept here
         return _checked_spec(options, dimension)
-    found = _specs.get(key)
+    try:
+        return _specs[options, dimension]
+    except (KeyError, TypeError):  # new ones, or lists, which have no hash
+        options = _Options._make(tuple(option) if isinstance(option, list) else option for option in options)
+    parts = [part for option in options for part in (option if isinstance(option, tuple) else (option,))]
+    if not all(type(part) in _PLAIN for part in parts):  # the number of a tensor may change
+        return _checked_spec(options, dimension)
+    found = _specs.get((options, dimension))
     if found is None:
         found = _checked_spec(options, dimension)
         if len(_specs) >= 256:
             _specs.clear()
-        _specs[key] = found
+        _specs[options, dimension] = found
     return found
 
 

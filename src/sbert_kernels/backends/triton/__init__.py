@@ -92,7 +92,9 @@ def _why_not_version(version: str | None) -> str | None:
     return None
 
 
+@cache
 def _why_not_on_gpu(device: str, by_name: bool) -> str | None:
+    """Returns why the kernels cannot run on a GPU, or None; a GPU stays what it is, and every call of a loss asks."""
     import torch
 
     if torch.version.hip is not None:
