@@ -5,10 +5,10 @@ loss and its backward pass on a GPU, and nothing is computed: embeddings are on 
 operations have shapes and no data, and Triton's kernels are left out as they are handed to the driver
 (`launching.idling`).
 
-Torch's operations take another time there than on a GPU: some are written in Python, the product that is rounded as it
-is written among them. So the time of each alone is measured again, and ``ours us`` is the step without them. A GPU adds
-some 2 to 5 microseconds for each kernel and for each operation of torch that computes something. All times are the best
-of many steps of the same shapes, because other work on the machine only makes them longer.
+Torch's operations take another time there than on a GPU: some are written in Python. So the time of each alone is
+measured again, and ``ours us`` is the step without them, autograd's engine included. A GPU adds some 2 to 5 us for each
+kernel and for each operation of torch that computes something. All times are the best of many steps of the same shapes,
+because other work on the machine only makes them longer.
 
     python -m sbert_kernels bench host [--quick] [--profile]
 """
@@ -50,6 +50,7 @@ _FREE = (
     "unsqueeze", "squeeze", "unbind", "as_strided", "view_as", "lift_fresh",
 )  # fmt: skip
 _WARM, _ALONE = 20, 20
+_mul = torch.mul
 
 
 class _AsOnAGpu(TritonBackend):
@@ -68,11 +69,16 @@ def without_a_gpu() -> Iterator[list[str]]:
     def readable(*found: Any) -> bool:  # takes its time, as it does for tensors with values
         return values.readable(*found) or True
 
+    def mul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Takes as long as an operation of C++ where torch's own is written in Python on "meta"."""
+        return _mul(a, b) if out is None else out.copy_(a)
+
     gpu = BY_NAME[CARD]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "BACKENDS", (_AsOnAGpu(),)))
         for operation in (contrastive, ranking, pairwise):
             stack.enter_context(mock.patch.object(operation, "readable", readable))
+        stack.enter_context(mock.patch.object(torch, "mul", mul))
         target = launching.Target(gpu.backend, gpu.arch, gpu.multiprocessors)
         yield stack.enter_context(launching.idling(target))
 
