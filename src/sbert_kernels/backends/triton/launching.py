@@ -195,7 +195,12 @@ class Prepared:
     def __call__(self, **arguments: Any) -> None:
         """Starts the kernel; ``arguments`` are the parameters that are not fixed, or (named) tuples of such."""
         recorder, start = _recorder.get(), self._start
-        if start is None or recorder is not self._recorder or tuple(arguments) != self._names or self._is_watched():
+        if (
+            start is None
+            or recorder is not self._recorder
+            or tuple(arguments) != self._names
+            or _is_watched(self.kernel)
+        ):
             self._first(recorder, arguments)
             return
         values, addresses = self._values.copy(), 0
@@ -217,9 +222,6 @@ class Prepared:
                 with torch.cuda.device(self._device):
                     start(self.grid, driver.get_current_stream(self._device), values)
 
-    def _is_watched(self) -> bool:
-        return bool(getattr(self.kernel, "pre_run_hooks", ())) or _someone_listens()
-
     def _first(self, recorder: _Recorder | None, arguments: dict[str, Any]) -> None:
         """Starts the kernel by :func:`launch`, and remembers the start that this found or made."""
         launch(self.kernel, self.grid, config=self.config, **self.fixed, **arguments)
@@ -228,7 +230,11 @@ class Prepared:
         values = [given[name] for name in known.names]
         device = _first_tensor(values).get_device()
         kind = known.kind_of(self.config, values, device)
-        if kind is None or any(tensor.data_ptr() % 16 for tensor in _tensors(values)):
+        nested = any(
+            isinstance(part, tuple) for value in arguments.values() if isinstance(value, tuple) for part in value
+        )
+        # Those in a tuple of a tuple are not looked at in later calls.
+        if kind is None or nested or any(tensor.data_ptr() % 16 for tensor in _tensors(values)):
             return
         self._recorder, self._device = recorder, device
         self._names, self._places = tuple(arguments), [known.names.index(name) for name in arguments]
@@ -300,11 +306,7 @@ class _Kernel:
 
         ``instead`` of the driver another function may be called.
         """
-        kind = (
-            None
-            if getattr(self.kernel, "pre_run_hooks", ()) or _someone_listens()
-            else self.kind_of(config, values, device)
-        )
+        kind = None if _is_watched(self.kernel) else self.kind_of(config, values, device)
         start = None if kind is None else self.starts.get(kind)
         if start is not None:
             start(grid, stream, values)
@@ -385,8 +387,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _someone_listens() -> bool:
+def _is_watched(kernel: Any) -> bool:
     """Returns True if a profiler, say, is hooked into launches: Triton has more to tell it than is known here."""
     knobs = triton.knobs.runtime
     enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook  # from 3.5 on chains of hooks, mostly without any
-    return bool((enter and getattr(enter, "calls", True)) or (leave and getattr(leave, "calls", True)))
+    return bool(
+        (enter and getattr(enter, "calls", True))
+        or (leave and getattr(leave, "calls", True))
+        or getattr(kernel, "pre_run_hooks", ())
+    )
