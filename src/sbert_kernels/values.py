@@ -16,17 +16,21 @@ from torch._subclasses.fake_tensor import is_fake
 
 _MODES = torch._C._TorchDispatchModeKey
 _WITHOUT_VALUES = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
+_NOTHING = nullcontext()
 _PLAIN = (Tensor, torch.nn.Parameter)  # these types are never fake; most tensors are found here, without a search
 
 
 def readable(*values: Any) -> bool:
     """Returns True if all tensors among the values hold data that may be read now."""
-    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) for mode in _WITHOUT_VALUES):
+    if torch.compiler.is_compiling():
         return False
-    return not any(
-        isinstance(value, Tensor) and (value.is_meta or (type(value) not in _PLAIN and is_fake(value)))
-        for value in values
-    )
+    for mode in _WITHOUT_VALUES:
+        if torch._C._get_dispatch_mode(mode) is not None:
+            return False
+    for value in values:
+        if isinstance(value, Tensor) and (value.is_meta or (type(value) not in _PLAIN and is_fake(value))):
+            return False
+    return True
 
 
 def dry(*values: Any) -> bool:
@@ -44,7 +48,7 @@ def recorded() -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Returns a context that switches autocast off on a type of device, if that has autocast ("meta" has not)."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
+    """Returns a context that switches autocast off on a type of device, if it is on ("meta" has none)."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)

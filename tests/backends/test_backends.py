@@ -55,10 +55,11 @@ def triton_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
 
 
 @pytest.fixture
-def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Pretend:
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """Pretends that there is a GPU of a compute capability, and kernels that serve everything on it."""
 
     def pretend(*capability: int, hip: str | None = None) -> None:
+        triton_backend._why_not_on_gpu.cache_clear()
         properties = SimpleNamespace(gcnArchName=f"{hip}:sramecc+:xnack-")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -70,7 +71,8 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Pretend:
             monkeypatch.setitem(sys.modules, f"{triton_backend.__name__}.{operation}", kernels)
             monkeypatch.setattr(triton_backend, operation, kernels, raising=False)
 
-    return pretend
+    yield pretend
+    triton_backend._why_not_on_gpu.cache_clear()
 
 
 def test_every_backend_has_the_operations_that_it_declares() -> None:

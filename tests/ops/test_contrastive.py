@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbert_kernels import contrastive_loss, use_backend
 from support.contrastive import ALL_DIRECTIONS
@@ -173,6 +174,46 @@ def test_a_second_derivative_raises(how: str) -> None:
     }
     with pytest.raises(RuntimeError, match="differentiable once"):
         ways[how]()
+
+
+def test_a_loss_may_be_changed_in_place() -> None:
+    """As gradient accumulation does it, before a backward pass and before a second derivative."""
+    queries, (documents,) = batch(6, 4)
+    (whole,) = gradients(contrastive_loss(queries, documents), queries)
+    loss = contrastive_loss(queries, documents)
+    loss /= 4
+    (gradient,) = torch.autograd.grad(loss, queries, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), whole / 4)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+class Computed(TorchDispatchMode):
+    """Lists the operations that compute something, which is a kernel each on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = str(function).removeprefix("aten.").partition(".")[0]
+        if name not in ("detach", "new_empty", "empty", "split_with_sizes"):
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_is_one_operation_for_queries_and_one_for_documents(dtype: torch.dtype, columns: int) -> None:
+    """The product is float32, and rounded once: as where it is written and then rounded, in two operations."""
+    queries, documents = batch(6, 4, columns=columns, dtype=dtype)
+    loss, factor = contrastive_loss(queries, documents), torch.tensor(0.3)
+    inputs = [queries, *documents]
+    in_two = torch.autograd.grad(loss, inputs, factor, create_graph=True)
+    with Computed() as computed:
+        in_one = torch.autograd.grad(loss, inputs, factor)
+    assert computed.found == (["mul_", "mul_"] if dtype == torch.float32 else ["mul", "mul"])
+    assert all(map(torch.equal, in_one, in_two))
 
 
 def test_create_graph_alone_changes_nothing() -> None:

@@ -53,8 +53,9 @@ def pairwise_similarity_of(similarity_fct: Any) -> str | None:
 
 def why_not_embeddings(embeddings: Sequence[Tensor]) -> str | None:
     """Returns why the operation cannot take embeddings that stock can take, or None if it can."""
-    if any(embedding.is_sparse for embedding in embeddings):
-        return "the embeddings are sparse"
+    for embedding in embeddings:
+        if embedding.is_sparse:
+            return "the embeddings are sparse"
     return None
 
 
@@ -72,14 +73,15 @@ def serves(loss: nn.Module, why_not: str | None, new_options: dict[str, Any] | N
         ValueError: Only the stock class can compute the loss, but an option is set that it does not have, or a backend
             was asked for.
     """
+    disabled = settings.get("disable")
+    if why_not is None and not disabled:
+        return True
     name = type(loss).__name__
     options = ", ".join(f"{key}={value!r}" for key, value in (new_options or {}).items())
-    if settings.get("disable"):
+    if disabled:
         if options:
             log_once(logger, f"{name}: SBERT_KERNELS_DISABLE is set, and stock does not honour {options}.")
         return False
-    if why_not is None:
-        return True
     if options:
         raise ValueError(f"{name} cannot combine {options} with a stock computation, which is needed: {why_not}.")
     backend = settings.get("backend")

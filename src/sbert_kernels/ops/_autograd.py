@@ -18,19 +18,28 @@ def learnable(name: str, inputs: Sequence[Any]) -> list[Tensor]:
     """
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     if not torch.compiler.is_compiling():
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        # Outside of both, as nearly always, no tensor has to be asked.
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise RuntimeError(f"{name} has no forward-mode derivative; use the stock loss for it.")
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        if torch._C._functorch.peek_interpreter_stack() is not None and any(
+            torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+        ):
             # Inside, a tensor does not tell that its gradient is wanted.
             raise RuntimeError(f"{name} does not support torch.func transforms; use the stock loss for them.")
     return [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
 
 
-def double_backward_guard(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a zero that depends on all of the tensors, so that a second derivative raises instead of being zero.
+def anchor(like: Tensor) -> Tensor:
+    """Returns an empty tensor, which a loss's function returns beside the loss and saves for its backward pass.
 
-    A gradient is made to depend on it. It is a sum of empty slices, so that it keeps no tensor in memory.
+    It is what a gradient is made to depend on (:func:`once`): saved as an output, it comes back as a result of the
+    function, and so of everything that the loss depends on. The loss itself would do, if nobody changed it in place.
     """
+    return like.new_empty(0)
+
+
+def double_backward_guard(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a zero that depends on all of the tensors, for :func:`once` where there is no :func:`anchor`."""
     guard, *others = [(tensor[:0] if tensor.dim() else tensor.expand(0)).sum() for tensor in tensors]
     for other in others:
         guard = guard + other
@@ -50,8 +59,13 @@ def scaled(
     grad_output: Tensor,
     guard: Tensor,
 ) -> list[Tensor | None]:
-    """Returns the saved gradients of a loss times the gradient of the loss, as its backward pass returns them."""
-    in_place = _graph_is_freed()
+    """Returns the saved gradients of a loss times the gradient of the loss, as its backward pass returns them.
+
+    Each takes one kernel: a type that is narrower than the saved gradient's is rounded to as the product is written.
+    """
+    in_place, plain = _graph_is_freed(), torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if in_place and grad_output.is_cuda and torch.cuda.is_current_stream_capturing():
+        in_place = False  # what is captured runs again, and not always with the forward pass before it
     results: list[Tensor | None] = []
     for gradient, destination, want in zip(gradients, destinations, wanted, strict=True):
         if gradient is None or not want:
@@ -59,14 +73,22 @@ def scaled(
             continue
         assert destination is not None  # what has a gradient is a tensor
         dtype, device = destination
-        product = gradient.mul_(grad_output) if in_place else gradient * grad_output
-        results.append(product.to(dtype=dtype, device=device))
+        if dtype != gradient.dtype and device == gradient.device and not plain:
+            results.append(torch.mul(gradient, grad_output, out=gradient.new_empty(gradient.shape, dtype=dtype)))
+            continue
+        # Detached, because a leaf keeps as its gradient what nobody else holds, and copies what is also saved here.
+        product = gradient.mul_(grad_output).detach() if in_place else gradient * grad_output
+        same = dtype == gradient.dtype and device == gradient.device
+        results.append(product if same else product.to(dtype=dtype, device=device))
     return once(name, results, guard)
 
 
 def once(name: str, gradients: list[Tensor | None], guard: Tensor) -> list[Tensor | None]:
-    """Returns the gradients, which raise when they are differentiated themselves."""
-    if torch.is_grad_enabled():  # create_graph: a gradient without a node would look like a constant
+    """Returns the gradients, which raise when they are differentiated themselves, and not as if they were constant.
+
+    ``guard``: a small tensor that depends on all that the gradients depend on.
+    """
+    if torch.is_grad_enabled():  # create_graph
         return [None if g is None else _NoSecondDerivative.apply(name, g, guard) for g in gradients]
     return gradients
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..logs import described
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless the value is one of those that are allowed."""
@@ -22,6 +24,8 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def number(name: str, value: Any) -> float:
     """Returns a number as Python has it, from a number of Python's or numpy's, or an array or tensor of one element."""
+    if type(value) in (float, int):
+        return cast(float, value)
     plain = value
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
         plain = value.item()
@@ -39,12 +43,13 @@ def constant(name: str, value: Any) -> float:
 
 def floating(name: str, value: Any) -> None:
     """Raise TypeError unless the value is a dense tensor of floating-point numbers."""
+    if isinstance(value, Tensor) and value.dtype in _FLOATS and value.layout == torch.strided:
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
-    if not value.is_floating_point() or torch.finfo(value.dtype).bits < 16:
-        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}.")
+    raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}.")
 
 
 def vectors(name: str, value: Any, filled: bool = True) -> None:
@@ -69,6 +74,8 @@ def columns(name: str, value: Any, wanted: str, filled: bool = True) -> tuple[Te
 
 def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ValueError unless two matrices can be used together: same dimension and device, matching dtypes."""
+    if value.shape[1] == other.shape[1] and value.dtype == other.dtype and value.device == other.device:
+        return
     for attribute, got, wanted in (
         ("dimension", value.shape[1], other.shape[1]),
         ("dtype", value.dtype, other.dtype),

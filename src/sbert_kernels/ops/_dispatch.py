@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 
@@ -12,12 +12,28 @@ from ..backends import Backend, Problem
 from ..values import without_autocast
 
 
-@contextmanager
-def backend_for(operation: str, requested: str | None, problem: Problem) -> Iterator[Backend]:
+class backend_for(AbstractContextManager[Backend]):
     """Gives the backend of this name, or the first that serves the problem; it runs without autograd and autocast.
 
     Under autocast the embeddings arrive in low precision; how they are multiplied here is the backend's choice.
+
+    A class, because a generator takes longer to enter than all of this.
     """
-    chosen = backends.choose(operation, requested, problem).backend
-    with without_autocast(problem.device), torch.no_grad():
-        yield chosen
+
+    def __init__(self, operation: str, requested: str | None, problem: Problem) -> None:
+        self.chosen = backends.choose(operation, requested, problem).backend
+        self.without_autocast = without_autocast(problem.device)
+        self.without_grad = torch.no_grad() if torch.is_grad_enabled() else None
+
+    def __enter__(self) -> Backend:
+        self.without_autocast.__enter__()
+        if self.without_grad is not None:
+            self.without_grad.__enter__()
+        return self.chosen
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.without_grad is not None:
+            self.without_grad.__exit__(kind, error, traceback)
+        self.without_autocast.__exit__(kind, error, traceback)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from ..problems.scale import Scale
 from ..values import readable
 from . import _checks as checks
 from . import _traced
-from ._autograd import destinations_of, double_backward_guard, learnable, scaled
+from ._autograd import anchor, destinations_of, learnable, scaled
 from ._dispatch import backend_for
 from ._smoothing import compute_with_smoothing
 
@@ -44,28 +44,45 @@ class _Contrastive(torch.autograd.Function):
         ctx: Any,
         problem: ContrastiveProblem,
         backend: str | None,
-        guard: Tensor,  # (), see double_backward_guard
+        real: bool,  # the values of all tensors may be read
         *tensors: Tensor | float | None,  # queries, all_queries, scale, weights, then the document columns
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         queries, all_queries, scale, weights, *documents = ctx.needs_input_grad[3:]
         needs = Needs(queries, any(documents), all_queries, scale, weights)
-        result = _run(problem, backend, needs)
+        result = _run(problem, backend, needs, real)
+        guard = anchor(result.loss)
         # Saved in the accumulators' dtype, not the inputs': a gradient scaler multiplies before the rounding.
         ctx.save_for_backward(guard, result.queries, result.all_queries, result.scale, result.weights, result.documents)
-        ctx.document_rows = [len(column) for column in problem.documents]
+        ctx.document_rows = [column.shape[0] for column in problem.documents]
         ctx.destinations = destinations_of(tensors)
-        return result.loss
+        ctx.set_materialize_grads(False)
+        return result.loss, guard
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        guard, *gradients, documents = ctx.saved_tensors
-        gradients += [None] * len(ctx.document_rows) if documents is None else documents.split(ctx.document_rows)
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *scaled("contrastive_loss", gradients, ctx.destinations, wanted, grad_output, guard)
+        if grad_output is None:
+            return None, None, None, *(None for _ in wanted)
+        guard, *gradients, documents = ctx.saved_tensors
+        rows, destinations = ctx.document_rows, ctx.destinations
+        # Columns that are alike are multiplied together, by one kernel.
+        together = len(rows) == 1 or (all(wanted[4:]) and len(set(destinations[4:])) == 1)
+        if together:
+            gradients.append(documents)
+        else:
+            gradients += [None] * len(rows) if documents is None else documents.split(rows)
+        end = len(gradients)
+        found = scaled("contrastive_loss", gradients, destinations[:end], wanted[:end], grad_output, guard)
+        if together and len(rows) > 1:
+            whole = found.pop()
+            assert whole is not None
+            found += whole.split(rows)
+        return None, None, None, *found
 
 
-def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> contract.ContrastiveResult:
-    if not readable(*problem.tensors()):
+def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs, real: bool) -> contract.ContrastiveResult:
+    """Returns the result of a problem; ``real``: its tensors hold values that may be read."""
+    if not real:
         return _traced.contrastive(problem, backend, needs)
     with backend_for("contrastive", backend, problem) as chosen:
         return compute_with_smoothing(chosen, problem, needs)
@@ -149,28 +166,31 @@ def contrastive_loss(
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape, a device, a value or a combination of options cannot be served; the message names it.
     """
-    problem = _validated(
-        queries=queries,
-        documents=documents,
-        scale=scale,
+    options = _Options(
         similarity=similarity,
         directions=directions,
         partition_mode=partition_mode,
         hardness_mode=hardness_mode,
         hardness_strength=hardness_strength,
         label_smoothing=label_smoothing,
+        duplicates=duplicates,
+        margin_strategy=margin_strategy,
+        margin=margin,
+        matryoshka_dims=matryoshka_dims,
+        matryoshka_weights=matryoshka_weights,
+    )
+    problem = _validated(
+        options,
+        queries=queries,
+        documents=documents,
+        scale=scale,
         weights=weights,
         query_ids=query_ids,
         document_ids=document_ids,
-        duplicates=duplicates,
         guide_queries=guide_queries,
         guide_documents=guide_documents,
-        margin_strategy=margin_strategy,
-        margin=margin,
         all_queries=all_queries,
         row_offset=row_offset,
-        matryoshka_dims=matryoshka_dims,
-        matryoshka_weights=matryoshka_weights,
     )
     inputs: Sequence[Tensor | float | None] = (
         problem.queries,
@@ -179,82 +199,71 @@ def contrastive_loss(
         problem.weights,
         *problem.documents,
     )
-    tensors = learnable("contrastive_loss", inputs)
-    if tensors:
-        if not readable(*problem.tensors()):
-            inputs = _traced.distinct(inputs)
-        return _Contrastive.apply(problem, backend, double_backward_guard(tensors), *inputs)
-    return _run(problem, backend, Needs()).loss
+    real = readable(*problem.tensors())
+    if not learnable("contrastive_loss", inputs):
+        return _run(problem, backend, Needs(), real).loss
+    loss, _ = _Contrastive.apply(problem, backend, real, *(inputs if real else _traced.distinct(inputs)))
+    return loss
+
+
+class _Options(NamedTuple):
+    """The options of one call that concern no tensor of it, as they were given."""
+
+    similarity: str
+    directions: Sequence[str]
+    partition_mode: str
+    hardness_mode: str | None
+    hardness_strength: float
+    label_smoothing: float
+    duplicates: str
+    margin_strategy: str
+    margin: float
+    matryoshka_dims: Sequence[int] | None
+    matryoshka_weights: Sequence[float] | None
 
 
 def _validated(
+    options: _Options,
     *,
     queries: Tensor,
     documents: Tensor | Sequence[Tensor],
     scale: float | Tensor,
-    similarity: str,
-    directions: Sequence[str],
-    partition_mode: str,
-    hardness_mode: str | None,
-    hardness_strength: float,
-    label_smoothing: float,
     weights: Tensor | None,
     query_ids: Tensor | None,
     document_ids: Tensor | None,
-    duplicates: str,
     guide_queries: Tensor | None,
     guide_documents: Tensor | Sequence[Tensor] | None,
-    margin_strategy: str,
-    margin: float,
     all_queries: Tensor | None,
     row_offset: int,
-    matryoshka_dims: Sequence[int] | None,
-    matryoshka_weights: Sequence[float] | None,
 ) -> ContrastiveProblem:
     """Returns the problem, or raises the error that says which argument cannot be served."""
     checks.vectors("queries", queries)
     columns = checks.columns("documents", documents, "expected the positives, then a tensor for each negatives column")
     for index, column in enumerate(columns):
         checks.alike(f"documents[{index}]", column, "queries", queries)
+    rows, dimension = queries.shape
+    lengths, device, guided = [column.shape[0] for column in columns], queries.device, guide_queries is not None
 
-    checks.one_of("similarity", similarity, contract.SIMILARITIES)
-    directions = _directions(directions, partition_mode)
-    checks.one_of("hardness_mode", hardness_mode, contract.HARDNESS_MODES)
-    hardness_strength = checks.constant("hardness_strength", hardness_strength)
-    # The margin only enters a comparison, so its gradient is always 0.
-    margin = checks.number("margin", margin)
-    if not 0 <= hardness_strength < math.inf:
-        raise ValueError(f"hardness_strength must be a number >= 0, got {hardness_strength}.")
-    label_smoothing = checks.constant("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in 0 .. 1, got {label_smoothing}.")
-    if label_smoothing > 0 and guide_queries is not None:
-        raise ValueError(f"label_smoothing={label_smoothing} cannot be combined with guide_queries.")
-    checks.one_of("margin_strategy", margin_strategy, contract.MARGIN_STRATEGIES)
-    if not abs(margin) < math.inf:
-        raise ValueError(f"margin must be a finite number, got {margin}.")
+    spec = _spec(options, dimension)
+    if guided and spec.label_smoothing > 0:
+        raise ValueError(f"label_smoothing={spec.label_smoothing} cannot be combined with guide_queries.")
     checked_scale = _scale(scale)
 
-    _check_offset(row_offset, len(queries), len(columns[0]))
-    knows_whose = hardness_mode is not None and hardness_strength > 0
+    _check_offset(row_offset, rows, lengths[0])
+    knows_whose = spec.hardness_mode is not None and spec.hardness_strength > 0
     # Guided, doc_to_doc looks at the positives only.
-    knows_whose = knows_whose or ("doc_to_doc" in directions and guide_queries is None)
-    if knows_whose and any(len(column) != len(columns[0]) for column in columns):
+    knows_whose = knows_whose or ("doc_to_doc" in spec.directions and not guided)
+    if knows_whose and any(length != lengths[0] for length in lengths):
         raise ValueError(
-            f"documents have {[len(c) for c in columns]} rows: 'doc_to_doc' and hardness weighting need as many "
-            "rows in each negatives column as there are positives, to know whose negatives they are."
+            f"documents have {lengths} rows: 'doc_to_doc' and hardness weighting need as many rows in each negatives "
+            "column as there are positives, to know whose negatives they are."
         )
-    _check_all_queries(all_queries, queries, len(columns[0]), directions, guided=guide_queries is not None)
-    checks.row_weights(weights, len(queries), queries.device)
-    query_columns = len(queries if all_queries is None else all_queries)
-    needs_query_ids = "query_to_query" in directions or "doc_to_query" in directions
-    checks.one_of("duplicates", duplicates, contract.DUPLICATES)
-    for name, ids, rows, needed in (
-        ("query_ids", query_ids, query_columns, needs_query_ids),
-        ("document_ids", document_ids, sum(map(len, columns)), True),
-    ):
-        _check_ids(name, ids, rows, queries.device, duplicates if needed else "keep")
-    dims, dim_weights = _prefixes(matryoshka_dims, matryoshka_weights, queries.shape[1])
+    _check_all_queries(all_queries, queries, lengths[0], spec.directions, guided=guided)
+    checks.row_weights(weights, rows, device)
+    query_columns = rows if all_queries is None else all_queries.shape[0]
+    needs_query_ids = "query_to_query" in spec.directions or "doc_to_query" in spec.directions
+    _check_ids("query_ids", query_ids, query_columns, device, spec.duplicates if needs_query_ids else "keep")
+    _check_ids("document_ids", document_ids, sum(lengths), device, spec.duplicates)
     return ContrastiveProblem(
         queries=queries,
         documents=columns,
@@ -266,19 +275,64 @@ def _validated(
         guide_documents=_guide(guide_queries, guide_documents, all_queries, queries, columns),
         scale=checked_scale,
         row_offset=row_offset,
-        spec=ContrastiveSpec(
-            similarity=similarity,
-            directions=directions,
-            partition_mode=partition_mode,
-            hardness_mode=hardness_mode,
-            hardness_strength=float(hardness_strength),
-            label_smoothing=float(label_smoothing),
-            duplicates=duplicates,
-            margin_strategy=margin_strategy,
-            margin=float(margin),
-            dims=dims,
-            dim_weights=dim_weights,
-        ),
+        spec=spec,
+    )
+
+
+_PLAIN = {str, int, float, bool, type(None)}
+# Of the options that came so far, because a training gives the same ones at each step.
+_specs: dict[tuple[_Options, int], ContrastiveSpec] = {}
+
+
+def _spec(options: _Options, dimension: int) -> ContrastiveSpec:
+    """Returns the specification of options, after a check of each, for embeddings of a dimension."""
+    if torch.compiler.is_compiling() or type(dimension) is not int:  # what traces would watch what is kept here
+        return _checked_spec(options, dimension)
+    try:
+        return _specs[options, dimension]
+    except (KeyError, TypeError):  # new ones, or lists, which have no hash
+        options = _Options._make(tuple(option) if isinstance(option, list) else option for option in options)
+    parts = [part for option in options for part in (option if isinstance(option, tuple) else (option,))]
+    if not all(type(part) in _PLAIN for part in parts):  # the number of a tensor may change
+        return _checked_spec(options, dimension)
+    found = _specs.get((options, dimension))
+    if found is None:
+        found = _checked_spec(options, dimension)
+        if len(_specs) >= 256:
+            _specs.clear()
+        _specs[options, dimension] = found
+    return found
+
+
+def _checked_spec(options: _Options, dimension: int) -> ContrastiveSpec:
+    checks.one_of("similarity", options.similarity, contract.SIMILARITIES)
+    directions = _directions(options.directions, options.partition_mode)
+    checks.one_of("hardness_mode", options.hardness_mode, contract.HARDNESS_MODES)
+    hardness_strength = checks.constant("hardness_strength", options.hardness_strength)
+    # The margin only enters a comparison, so its gradient is always 0.
+    margin = checks.number("margin", options.margin)
+    if not 0 <= hardness_strength < math.inf:
+        raise ValueError(f"hardness_strength must be a number >= 0, got {hardness_strength}.")
+    label_smoothing = checks.constant("label_smoothing", options.label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in 0 .. 1, got {label_smoothing}.")
+    checks.one_of("margin_strategy", options.margin_strategy, contract.MARGIN_STRATEGIES)
+    if not abs(margin) < math.inf:
+        raise ValueError(f"margin must be a finite number, got {margin}.")
+    checks.one_of("duplicates", options.duplicates, contract.DUPLICATES)
+    dims, dim_weights = _prefixes(options.matryoshka_dims, options.matryoshka_weights, dimension)
+    return ContrastiveSpec(
+        similarity=options.similarity,
+        directions=directions,
+        partition_mode=options.partition_mode,
+        hardness_mode=options.hardness_mode,
+        hardness_strength=float(hardness_strength),
+        label_smoothing=float(label_smoothing),
+        duplicates=options.duplicates,
+        margin_strategy=options.margin_strategy,
+        margin=float(margin),
+        dims=dims,
+        dim_weights=dim_weights,
     )
 
 
@@ -307,7 +361,7 @@ def _scale(given: Any) -> Scale:
 
 
 def _check_offset(offset: Any, rows: int, positives: int) -> None:
-    whole = isinstance(offset, Integral)
+    whole = type(offset) is int or isinstance(offset, Integral)
     if whole and offset >= 0 and offset + rows <= positives:
         return
     if whole and offset == 0:
@@ -328,10 +382,10 @@ def _check_all_queries(
         checks.alike("all_queries", all_queries, "queries", queries)
         if len(all_queries) != positives:
             raise ValueError(f"all_queries has {len(all_queries)} rows, expected {positives}, as many as documents[0].")
-    elif positives != len(queries) and not guided and {"query_to_query", "doc_to_query"} & set(directions):
+    elif positives != queries.shape[0] and not guided and {"query_to_query", "doc_to_query"} & set(directions):
         raise ValueError(
             f"all_queries is required for directions {directions} when documents[0] has more rows ({positives}) than "
-            f"queries ({len(queries)})."
+            f"queries ({queries.shape[0]})."
         )
 
 
@@ -381,11 +435,11 @@ def _guide(
     queries: Tensor,
     columns: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    if (guide_queries is None) != (guide_documents is None):
+    if guide_queries is None and guide_documents is None:
+        return ()
+    if guide_queries is None or guide_documents is None:
         given, missing = ("guide_queries", "guide_documents")[:: 1 if guide_documents is None else -1]
         raise ValueError(f"{given} was given without {missing}: a guide needs both.")
-    if guide_queries is None:
-        return ()
     if all_queries is not None:
         raise ValueError("all_queries cannot be combined with guide_queries: a guide sees the local queries only.")
     checks.vectors("guide_queries", guide_queries)

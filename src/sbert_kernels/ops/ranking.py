@@ -23,7 +23,7 @@ from ..problems.scale import Scale
 from ..values import readable
 from . import _checks as checks
 from . import _traced
-from ._autograd import destinations_of, double_backward_guard, learnable, scaled
+from ._autograd import anchor, destinations_of, learnable, scaled
 from ._dispatch import backend_for
 from ._gather import gather_rows
 from .pairwise import pairwise_similarity
@@ -37,20 +37,23 @@ class _Ranking(torch.autograd.Function):
         ctx: Any,
         problem: RankingProblem,
         backend: str | None,
-        guard: Tensor,  # (), see double_backward_guard
         *tensors: Tensor | float | None,  # scores, scale, weights
-    ) -> Tensor:
-        result = _run(problem, backend, Needs(*ctx.needs_input_grad[3:]))
+    ) -> tuple[Tensor, Tensor]:
+        result = _run(problem, backend, Needs(*ctx.needs_input_grad[2:]))
+        guard = anchor(result.loss)
         # Saved in the loss's dtype, not the scores': a gradient scaler multiplies before the rounding.
         ctx.save_for_backward(guard, result.scores, result.scale, result.weights)
         ctx.destinations = destinations_of(tensors)
-        return result.loss
+        ctx.set_materialize_grads(False)
+        return result.loss, guard
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        if grad_output is None:
+            return None, None, *(None for _ in wanted)
         guard, *gradients = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *scaled("ranking_loss", gradients, ctx.destinations, wanted, grad_output, guard)
+        return None, None, *scaled("ranking_loss", gradients, ctx.destinations, wanted, grad_output, guard)
 
 
 def _run(problem: RankingProblem, backend: str | None, needs: Needs) -> RankingResult:
@@ -104,11 +107,11 @@ def ranking_loss(
         scores, labels, weights = gather_rows(problem.scores, problem.labels, problem.weights, labels.dtype)
         problem = replace(problem, scores=scores, labels=labels, weights=weights)
     inputs: Sequence[Tensor | float | None] = (problem.scores, problem.scale.given, problem.weights)
-    tensors = learnable("ranking_loss", inputs)
-    if tensors:
+    if learnable("ranking_loss", inputs):
         if not readable(*problem.tensors()):
             inputs = _traced.distinct(inputs)
-        return _Ranking.apply(problem, backend, double_backward_guard(tensors), *inputs)
+        loss, _ = _Ranking.apply(problem, backend, *inputs)
+        return loss
     return _run(problem, backend, Needs()).loss
 
 

@@ -185,7 +185,7 @@ class ContrastiveProblem:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns all tensors of the call."""
-        single = (
+        found = (
             self.queries,
             self.all_queries,
             self.scale.tensor,
@@ -193,8 +193,10 @@ class ContrastiveProblem:
             self.query_ids,
             self.document_ids,
             self.guide_queries,
+            *self.documents,
+            *self.guide_documents,
         )
-        return tuple(t for t in (*single, *self.documents, *self.guide_documents) if t is not None)
+        return tuple([tensor for tensor in found if tensor is not None])
 
     @property
     def cosine(self) -> bool:

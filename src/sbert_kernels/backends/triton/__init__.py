@@ -55,12 +55,9 @@ def why_not_on(device: str, by_name: bool) -> str | None:
 
     ``by_name``: the backend was asked for, so that the interpreter (TRITON_INTERPRET=1) may serve tensors on the CPU.
     """
-    version = installed_version()
-    if version is None:
-        return "Triton is not installed"
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TRITON:
-        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
+    reason = _why_not_version(installed_version())
+    if reason is not None:
+        return reason
     kind = device.partition(":")[0]
     if kind == "cuda":
         return _why_not_on_gpu(device, by_name)
@@ -85,7 +82,19 @@ def installed_version() -> str | None:
     return None
 
 
+@cache
+def _why_not_version(version: str | None) -> str | None:
+    if version is None:
+        return "Triton is not installed"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TRITON:
+        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
+    return None
+
+
+@cache
 def _why_not_on_gpu(device: str, by_name: bool) -> str | None:
+    """Returns why the kernels cannot run on a GPU, or None; a GPU stays what it is, and every call of a loss asks."""
     import torch
 
     if torch.version.hip is not None:
