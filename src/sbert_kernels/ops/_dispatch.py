@@ -16,7 +16,7 @@ from ..values import without_autocast
 def backend_for(operation: str, requested: str | None, problem: Problem) -> Iterator[Backend]:
     """Gives the backend of this name, or the first that serves the problem; it runs without autograd and autocast.
 
-    Under autocast the embeddings arrive in low precision; how they are multiplied here is the backend's choice.
+    What autocast asks for is in the problem where it matters; it would cast the backend's other products as well.
     """
     chosen = backends.choose(operation, requested, problem).backend
     with without_autocast(problem.device), torch.no_grad():

@@ -28,7 +28,7 @@ from ..integers import as_integer
 from ..problems import contrastive as contract
 from ..problems.contrastive import ContrastiveProblem, ContrastiveSpec, Needs
 from ..problems.scale import Scale
-from ..values import readable
+from ..values import autocast_type, readable
 from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, double_backward_guard, learnable, scaled
@@ -102,6 +102,11 @@ def contrastive_loss(
 
     Differentiable once in ``queries``, ``documents``, ``all_queries``, and in ``scale`` and ``weights`` where they are
     tensors; a second derivative raises. Deterministic.
+
+    Under ``torch.autocast`` the matrix products take autocast's type, as those of ``torch.matmul`` do, whatever type
+    the embeddings have (float64 stays, and nothing changes with a guide, as stock's loss has no products there).
+    Logits, softmax, positives, sums and the loss are float32 all the same, and gradients have the embeddings' type.
+    SBERT_KERNELS_MATMUL, where it is set, wins over autocast. A backend may multiply more exactly than it is asked to.
 
     Args:
         queries: The local anchors, [N, D]; row i's own positive is document ``row_offset + i``.
@@ -278,8 +283,18 @@ def _validated(
             margin=float(margin),
             dims=dims,
             dim_weights=dim_weights,
+            autocast=_autocast(queries, guided=guide_queries is not None),
         ),
     )
+
+
+def _autocast(queries: Tensor, *, guided: bool) -> str | None:
+    """Returns the type that autocast gives the products of a call now, or None.
+
+    It leaves float64 as it is. Stock's loss with a guide has no products: it computes each cosine on its own, in
+    float32 under autocast too, and so do we.
+    """
+    return None if guided or queries.dtype == torch.float64 else autocast_type(queries.device)
 
 
 def _directions(given: Sequence[str], partition_mode: str) -> tuple[str, ...]:
