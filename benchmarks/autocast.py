@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         charts=(Chart("error of the query gradients", {"ours": "ours dQ", "stock": "stock dQ"}),),
     )
     for name, rows, kind, scale in tqdm(list(itertools.product(TYPES, batches, SHARED, SCALES))):
-        errors = errors_of(TYPES[name], rows, kind, scale, args.repeats, args.backend, device)
+        how = {"repeats": args.repeats, "backend": args.backend, "device": device}
+        errors = errors_of(TYPES[name], rows, kind, scale, **how)
         report.add(case=f"{name}, N={rows}, {kind}, scale {scale:g}", **errors)
     harness.finish(report, args.output, [])
 
@@ -67,6 +68,7 @@ def errors_of(
     rows: int,
     kind: str,
     scale: float,
+    *,
     repeats: int = 1,
     backend: str | None = None,
     device: str = "cpu",
