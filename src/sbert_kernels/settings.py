@@ -111,8 +111,8 @@ VARIABLES: dict[str, Variable] = {
         None,
         _one_of(MATMUL_PRECISIONS),
         "The matmul precision of float32 embeddings: float32, bfloat16x3 or bfloat16, on a GPU also tf32 or tf32x3; a "
-        "CPU refuses one that it lacks, a GPU logs which one it takes instead; unset follows "
-        "torch.set_float32_matmul_precision().",
+        "CPU refuses one that it lacks, a GPU logs which one it takes instead; unset follows torch.autocast, and "
+        "outside of it torch.set_float32_matmul_precision().",
         former="SBERT_KERNELS_PRODUCTS",
     ),
     "strategy": Variable(

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import is_fake
 _MODES = torch._C._TorchDispatchModeKey
 _WITHOUT_VALUES = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 _NOTHING = nullcontext()
+_AUTOCAST_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _PLAIN = (Tensor, torch.nn.Parameter)  # these types are never fake; most tensors are found here, without a search
 
 
@@ -45,6 +46,16 @@ def dry(*values: Any) -> bool:
 def recorded() -> bool:
     """Returns True while make_fx records a graph, which will run with other data."""
     return torch._C._get_dispatch_mode(_MODES.PROXY) is not None
+
+
+def autocast_type(device: torch.device) -> str | None:
+    """Returns the type that autocast now gives matrix products on a device, "bfloat16" or "float16", or None.
+
+    None outside of autocast, and where a device has none ("meta").
+    """
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return _AUTOCAST_TYPES.get(torch.get_autocast_dtype(device.type))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -168,6 +168,12 @@ def test_products_follow_the_precision_knob_and_the_machine(
         # Other types have no knob.
         found.append(cpu.choose_precision({torch.bfloat16}))
         assert cpu.choose_precision({torch.float16}) == MatmulPrecision.FLOAT32
+        # Autocast's type is everybody's, whatever the knob says: it is "medium" by now.
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert cpu.choose_precision({dtype}, torch.bfloat16) == found[-1]
+            assert cpu.choose_precision({dtype}, torch.float16) == MatmulPrecision.FLOAT32
+            with library.override(matmul="float32"):
+                assert cpu.choose_precision({dtype}, torch.bfloat16) == MatmulPrecision.FLOAT32
         return found
 
     exact, three, one = MatmulPrecision.FLOAT32, MatmulPrecision.BFLOAT16X3, MatmulPrecision.BFLOAT16

@@ -75,6 +75,17 @@ def cached(module: Any, model: list[Tensor], guide: list[Tensor], **options: Any
 
 
 @pytest.mark.parametrize("run", [plain, cached])
+def test_under_autocast_all_is_float32_as_in_stock(run: Callable[..., list[Tensor]]) -> None:
+    """Neither rounds a similarity to bfloat16, the model's or the guide's."""
+    model, guide = ([x.float() for x in side] for side in inputs(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (run(module, model, guide) for module in (losses, stock))
+    for value, wanted in zip(ours, theirs, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", [plain, cached])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("columns", [2, 3, 5])
 def test_equals_stock_for_every_option(run: Callable[..., list[Tensor]], ties: bool, columns: int) -> None:

@@ -11,15 +11,17 @@ import torch
 from sentence_transformers.sentence_transformer import losses as stock
 from torch import Tensor, nn
 
-from sbert_kernels import losses
+from sbert_kernels import GradCache, contrastive_loss, losses
 from support.cached_losses import (
     GUIDED,
+    OBJECTIVES,
     WORDS,
     around,
     batch,
     gradients,
     value_of,
 )
+from support.contrastive import autocast_types
 from support.numbers import assert_close
 
 packings = pytest.mark.parametrize("packing", ["length", "none"])
@@ -133,3 +135,37 @@ def test_the_replay_embeds_as_the_first_pass_did_to_the_bit(
         assert torch.equal(output, first[content])
     assert {dtype for *_, dtype in calls} == {torch.bfloat16 if autocast else torch.float32}
     assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
+
+
+@pytest.mark.parametrize("wrapper", ["none", "matryoshka"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_stage_multiplies_as_the_forward_pass_says(
+    bert: Any, monkeypatch: pytest.MonkeyPatch, name: str, wrapper: str
+) -> None:
+    """In autocast's type where that is on, though the backward pass is outside of it; over the cache and without."""
+    types = autocast_types(monkeypatch)
+    model, guide = bert(torch.float32), bert(torch.float32) if name == "guided" else None
+    features = batch(model, 5)
+    for options in ({}, {"mini_batch_size": 3}):
+        loss = around(name, wrapper, model, guide, **options)
+        for dtype in (torch.bfloat16, None):
+            types.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+                value = value_of(loss, features)
+            value.backward()
+            # Rankings have no products, and stock's guided loss has none.
+            assert set(types) == {"cosent": set(), "angle": set(), "guided": {None}}.get(name, {dtype})
+
+
+def test_a_gradient_cache_of_one_s_own_computes_its_loss_in_the_caller_s_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    types = autocast_types(monkeypatch)
+    encoder = nn.Linear(4, 4)
+    cache = GradCache(encoder, lambda columns: contrastive_loss(*columns), mini_batch_size=2)
+    rows = [torch.randn(5, 4), torch.randn(5, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = cache(rows)
+    value.backward()
+    cache(rows).backward()
+    assert types == [torch.bfloat16, None]

@@ -36,6 +36,16 @@ def check(got: list[Tensor], exact: list[Tensor], rtol: float = 1e-9) -> None:
         torch.testing.assert_close(value, other, rtol=rtol, atol=rtol * largest + 1e-13)
 
 
+def test_autocast_changes_nothing(backend: str) -> None:
+    """There are no matrix products that it could give its type to."""
+    x, y = (v.detach().float() for v in draw(9, 8, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = pairwise_similarity(x, [y], list(STOCK), backend=backend)
+    for value, outside in zip(inside, pairwise_similarity(x, [y], list(STOCK), backend=backend), strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, outside)
+
+
 @settings(max_examples=60, derandomize=True)
 @given(
     n=st.integers(0, 70),

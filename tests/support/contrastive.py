@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sbert_kernels import contrastive_loss
+from sbert_kernels.ops import _traced, contrastive
 
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
@@ -38,6 +40,20 @@ def eager(queries: Tensor, documents: Tensor, scale: float, dtype: torch.dtype |
     logits = scale * F.normalize(leaves[0]) @ F.normalize(leaves[1]).T
     loss = F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
     return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, leaves))]
+
+
+def autocast_types(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype | None]:
+    """Returns a list that grows by autocast's type, or None, with each loss that a backend computes from now on."""
+    types: list[torch.dtype | None] = []
+    compute = contrastive.compute
+
+    def spy(backend: Any, problem: Any, needs: Any) -> Any:
+        types.append(problem.autocast)
+        return compute(backend, problem, needs)
+
+    for module in (contrastive, _traced):  # eager calls, and those in a graph
+        monkeypatch.setattr(module, "compute", spy)
+    return types
 
 
 def memory_step(n: int, dim: int, backend: str, matryoshka_dims: Sequence[int] | None = None) -> Callable[[], bool]:

@@ -15,6 +15,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +84,7 @@ def _run_case(
     row: dict[str, Any] = {
         "case": f"{name} N={case.batch} D={case.dim}",
         "dtype": str(dtype).removeprefix("torch."),
-        "precision": case.precision,
+        "precision": f"autocast {case.autocast}" if case.autocast else case.precision,
     }
     notes = []
     if case.timed:
@@ -91,7 +92,7 @@ def _run_case(
         compared = replace(case, batch=min(case.batch, QUICK_BATCH)) if case.alone else case
         error, stock_error, limit = _parity(compared, dtype, device)
         row["parity"] = error
-        if dtype != torch.float32:
+        if dtype != torch.float32 or case.autocast:
             row["stock's own error"] = stock_error
         if not error <= limit:
             return row | {"note": f"not timed: parity error {error:.2g}, wanted at most {limit:.2g}"}
@@ -170,6 +171,11 @@ def make_step(
     loss: nn.Module, case: Case, inputs: list[dict[str, Tensor]]
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """Returns a call that runs forward and backward and returns the loss, and the leaves whose `.grad` it fills."""
+    device = inputs[0]["embedding"].device.type
+
+    def surroundings() -> AbstractContextManager[Any]:
+        return torch.autocast(device, DTYPES[case.autocast]) if case.autocast else nullcontext()
+
     if case.cached:  # the loss stage of the gradient cache: leaves of one mini-batch each, backward inside
         size = case.options["mini_batch_size"]
         calculate_loss: Callable[..., Tensor] = getattr(loss, "calculate_loss")  # noqa: B009 - not of nn.Module
@@ -177,13 +183,15 @@ def make_step(
         leaves = [leaf for column in reps for leaf in column]
 
         def forward_backward() -> Tensor:
-            return calculate_loss(reps, None, with_backward=True)
+            with surroundings():
+                return calculate_loss(reps, None, with_backward=True)
     else:
         features = [column | {"embedding": column["embedding"].clone().requires_grad_()} for column in inputs]
         leaves = [column["embedding"] for column in features]
 
         def forward_backward() -> Tensor:
-            value = loss(features, None)
+            with surroundings():
+                value = loss(features, None)
             value.backward()
             return value.detach()
 
@@ -211,16 +219,18 @@ def prepare(library: str, case: Case, dtype: torch.dtype, device: str) -> Callab
 def _parity(case: Case, dtype: torch.dtype, device: str) -> tuple[float, float, float]:
     """Returns (error of ours, error of stock in this dtype, limit), against stock in float32 on the rounded inputs.
 
+    The reference is outside of autocast.
+
     An error is the largest, over the loss and the gradient of each column, of |x - reference| / |reference| in the
     Euclidean norm: one wrong row in a batch of a million shows, one guide's exclusion on a knife's edge does not.
     """
     inputs = make_inputs(case, dtype, device)
     exact = [{key: value.float() for key, value in column.items()} for column in inputs]
-    reference = _loss_and_gradients(STOCK, case, exact)
+    reference = _loss_and_gradients(STOCK, replace(case, autocast=None), exact)
     errors = {}
     for library in (STOCK, OURS):
         errors[library] = largest_error(_loss_and_gradients(library, case, inputs), reference)
-    low_precision = dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium"
+    low_precision = dtype != torch.float32 or case.autocast or torch.get_float32_matmul_precision() == "medium"
     return errors[OURS], errors[STOCK], max(2e-2, errors[STOCK]) if low_precision else 1e-3
 
 
@@ -238,9 +248,10 @@ def _timings(case: Case, dtype: torch.dtype, device: str, repeats: int) -> tuple
     if case.alone:
         return machine.measure({"ours": ours}, repeats=repeats), "stock cannot run it: parity of a small batch"
     contenders: dict[str, Callable[[], Tensor]] = {"stock": make_step(make_loss(STOCK, case), case, inputs)[0]}
-    if dtype != torch.float32:  # most who train in low precision have a loss in float32 to compare with
+    if dtype != torch.float32 or case.autocast:
+        # Most who train in low precision have a loss in float32 to compare with.
         wide = [{key: value.float() for key, value in column.items()} for column in inputs]
-        contenders["stock float32"] = make_step(make_loss(STOCK, case), case, wide)[0]
+        contenders["stock float32"] = make_step(make_loss(STOCK, case), replace(case, autocast=None), wide)[0]
     why_not = f"not compiled: {case.uncompiled}" if case.uncompiled else None
     if not case.uncompiled:
         step, why_not = compiled(make_loss(STOCK, case), lambda loss: make_step(loss, case, inputs)[0])
@@ -253,6 +264,7 @@ def _product_seconds(case: Case, dtype: torch.dtype, device: str, repeats: int) 
 
     A guide adds one product a term: its own similarities. Narrower prefixes of a MatryoshkaLoss add none.
     """
+    dtype = DTYPES[case.autocast] if case.autocast else dtype
     rows, columns, dim = case.batch, case.batch * (1 + case.negatives), case.dim
     similarities = machine.gemm_seconds(rows, columns, dim, dtype, repeats, device)  # [N, D] @ [D, M]
     row_gradient = machine.gemm_seconds(rows, dim, columns, dtype, repeats, device)  # [N, M] @ [M, D]

@@ -106,6 +106,16 @@ STUDIES = {
             **{f"{side} {what}": f"{side} {what}" for what in ("loss", "dQ", "dD") for side in ("ours", "eager")},
         },
     ),
+    "accuracy-autocast": Study(
+        "The same errors of float32 embeddings under `torch.autocast`, beside stock's loss under it. In a batch that "
+        "is alike, any two embeddings have a cosine of about 0.8. The CPU has no float16 products of ours: they are "
+        "float32. The Triton kernels ran in Triton's interpreter.",
+        "python -m benchmarks.autocast [--quick --backend triton]",
+        {
+            "case": "case",
+            **{f"{side} {what}": f"{side} {what}" for what in ("loss", "dQ", "dD") for side in ("ours", "stock")},
+        },
+    ),
     "gpu-contrastive": Study(
         "Forward and backward of the in-batch loss, from embeddings to gradients, beside other libraries' fused "
         "losses. The limit is the time of the three matrix products by the vendor's library. A ratio below 1 means"

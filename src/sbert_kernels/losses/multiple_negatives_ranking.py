@@ -53,7 +53,8 @@ class MultipleNegativesRankingLoss(DropIn, StockLoss):
 
     Values and gradients are those of stock's class to rounding, for every option, but the N x N matrices of
     similarities are never held: memory grows with the batch, not with its square. The loss is float32 (float64 for
-    float64 embeddings), under autocast too. New are ``duplicates`` and a ``scale`` that is learned.
+    float64 embeddings), under autocast too, where only the matrix products take autocast's type. New are ``duplicates``
+    and a ``scale`` that is learned.
 
     Inputs:
         +-------------------------------------------------+--------+

@@ -15,7 +15,7 @@ from ..values import without_autocast
 class backend_for(AbstractContextManager[Backend]):
     """Gives the backend of this name, or the first that serves the problem; it runs without autograd and autocast.
 
-    Under autocast the embeddings arrive in low precision; how they are multiplied here is the backend's choice.
+    What autocast asks for is in the problem where it matters; it would cast the backend's other products as well.
 
     A class, because a generator takes longer to enter than all of this.
     """

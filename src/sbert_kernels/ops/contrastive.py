@@ -28,7 +28,7 @@ from ..integers import as_integer
 from ..problems import contrastive as contract
 from ..problems.contrastive import ContrastiveProblem, ContrastiveSpec, Needs
 from ..problems.scale import Scale
-from ..values import readable
+from ..values import autocast_type, readable
 from . import _checks as checks
 from . import _traced
 from ._autograd import anchor, destinations_of, learnable, scaled
@@ -119,6 +119,11 @@ def contrastive_loss(
 
     Differentiable once in ``queries``, ``documents``, ``all_queries``, and in ``scale`` and ``weights`` where they are
     tensors; a second derivative raises. Deterministic.
+
+    Under ``torch.autocast`` the matrix products take autocast's type, as those of ``torch.matmul`` do, whatever type
+    the embeddings have (float64 stays, and nothing changes with a guide, as stock's loss has no products there).
+    Logits, softmax, positives, sums and the loss are float32 all the same, and gradients have the embeddings' type.
+    SBERT_KERNELS_MATMUL, where it is set, wins over autocast. A backend may multiply more exactly than it is asked to.
 
     Args:
         queries: The local anchors, [N, D]; row i's own positive is document ``row_offset + i``.
@@ -244,7 +249,7 @@ def _validated(
     rows, dimension = queries.shape
     lengths, device, guided = [column.shape[0] for column in columns], queries.device, guide_queries is not None
 
-    spec = _spec(options, dimension)
+    spec = _spec(options, dimension, _autocast(queries, guided=guided))
     if guided and spec.label_smoothing > 0:
         raise ValueError(f"label_smoothing={spec.label_smoothing} cannot be combined with guide_queries.")
     checked_scale = _scale(scale)
@@ -281,30 +286,33 @@ def _validated(
 
 _PLAIN = {str, int, float, bool, type(None)}
 # Of the options that came so far, because a training gives the same ones at each step.
-_specs: dict[tuple[_Options, int], ContrastiveSpec] = {}
+_specs: dict[tuple[_Options, int, str | None], ContrastiveSpec] = {}
 
 
-def _spec(options: _Options, dimension: int) -> ContrastiveSpec:
-    """Returns the specification of options, after a check of each, for embeddings of a dimension."""
+def _spec(options: _Options, dimension: int, autocast: str | None) -> ContrastiveSpec:
+    """Returns the specification of options, after a check of each, for embeddings of a dimension.
+
+    ``autocast``: the type that autocast gives products now.
+    """
     if torch.compiler.is_compiling() or type(dimension) is not int:  # what traces would watch what is kept here
-        return _checked_spec(options, dimension)
+        return _checked_spec(options, dimension, autocast)
     try:
-        return _specs[options, dimension]
+        return _specs[options, dimension, autocast]
     except (KeyError, TypeError):  # new ones, or lists, which have no hash
         options = _Options._make(tuple(option) if isinstance(option, list) else option for option in options)
     parts = [part for option in options for part in (option if isinstance(option, tuple) else (option,))]
     if not all(type(part) in _PLAIN for part in parts):  # the number of a tensor may change
-        return _checked_spec(options, dimension)
-    found = _specs.get((options, dimension))
+        return _checked_spec(options, dimension, autocast)
+    found = _specs.get((options, dimension, autocast))
     if found is None:
-        found = _checked_spec(options, dimension)
+        found = _checked_spec(options, dimension, autocast)
         if len(_specs) >= 256:
             _specs.clear()
-        _specs[options, dimension] = found
+        _specs[options, dimension, autocast] = found
     return found
 
 
-def _checked_spec(options: _Options, dimension: int) -> ContrastiveSpec:
+def _checked_spec(options: _Options, dimension: int, autocast: str | None) -> ContrastiveSpec:
     checks.one_of("similarity", options.similarity, contract.SIMILARITIES)
     directions = _directions(options.directions, options.partition_mode)
     checks.one_of("hardness_mode", options.hardness_mode, contract.HARDNESS_MODES)
@@ -333,7 +341,17 @@ def _checked_spec(options: _Options, dimension: int) -> ContrastiveSpec:
         margin=float(margin),
         dims=dims,
         dim_weights=dim_weights,
+        autocast=autocast,
     )
+
+
+def _autocast(queries: Tensor, *, guided: bool) -> str | None:
+    """Returns the type that autocast gives the products of a call now, or None.
+
+    It leaves float64 as it is. Stock's loss with a guide has no products: it computes each cosine on its own, in
+    float32 under autocast too, and so do we.
+    """
+    return None if guided or queries.dtype == torch.float64 else autocast_type(queries.device)
 
 
 def _directions(given: Sequence[str], partition_mode: str) -> tuple[str, ...]:

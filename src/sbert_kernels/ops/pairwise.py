@@ -5,7 +5,8 @@
     angle  |sum of the real and imaginary parts of x / y|, for unit vectors whose halves are real and imaginary parts
 
 The angle is AnglE's (Li and Li 2023, arXiv 2309.12871), as sentence-transformers' `pairwise_angle_sim` has it: its
-"halves" of an odd dimension D are (D + 1) / 2 and (D - 1) / 2 wide. Norms below 1e-12 count as 1e-12.
+"halves" of an odd dimension D are (D + 1) / 2 and (D - 1) / 2 wide. Norms below 1e-12 count as 1e-12. There are no
+matrix products, so that autocast changes nothing.
 """
 
 from __future__ import annotations

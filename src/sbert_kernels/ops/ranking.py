@@ -6,7 +6,8 @@ For pairs with scores s, labels l and weights w (1 unless given), all in one bat
 
 (CoSENT: Huang et al. 2024, doi 10.1109/TASLP.2024.3402087; with AnglE's score: Li and Li 2023, arXiv 2309.12871.) Equal
 labels are not compared; without two different labels the loss is 0. The loss is a scalar, so its gradients are computed
-with it up to one factor, and the backward pass multiplies by that factor.
+with it up to one factor, and the backward pass multiplies by that factor. There are no matrix products, so that
+autocast changes nothing.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class ContrastiveSpec(Spec):
     # ascending, in 1 .. D; empty for the whole embeddings.
     dims: tuple[int, ...] = ()
     dim_weights: tuple[float, ...] = ()
+    # The type that torch.autocast gives matrix products where the loss is called: "bfloat16", "float16", or None.
+    autocast: str | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,11 @@ class ContrastiveProblem:
     def guided(self) -> bool:
         """True if a guide decides which columns are false negatives."""
         return self.guide_queries is not None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that autocast gives matrix products, of whatever type the embeddings are; None outside of it."""
+        return None if self.spec.autocast is None else getattr(torch, self.spec.autocast)
 
     @property
     def eps(self) -> float:

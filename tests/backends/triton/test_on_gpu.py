@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import autocast as benchmark
 from sbert_kernels import contrastive_loss, pairwise_similarity, ranking_loss, settings
 from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.machine import matmul_precision
@@ -380,6 +381,17 @@ def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
     # Both gradients in float32, what a chunk or a sweep adds to them, both again in bfloat16; a chunk's weights.
     limit = 6 * n * dim * 4 + (512 * MIB if strategy == "chunked" else 0)
     assert torch.cuda.max_memory_allocated() - before < limit < 2 * n * n
+
+
+@pytest.mark.parametrize("scale", benchmark.SCALES)
+@pytest.mark.parametrize("kind", benchmark.SHARED)
+@pytest.mark.parametrize("dtype", benchmark.TYPES.values(), ids=benchmark.TYPES)
+def test_errors_under_autocast_are_at_most_twice_those_of_stock_under_it(
+    dtype: torch.dtype, kind: str, scale: float
+) -> None:
+    errors = benchmark.errors_of(dtype, ROWS, kind, scale, repeats=3, backend="triton", device=DEVICE)
+    for quantity in ("loss", "dQ", "dD"):
+        assert errors[f"ours {quantity}"] <= 2 * errors[f"stock {quantity}"], errors
 
 
 @pytest.mark.usefixtures("strategy")

@@ -20,8 +20,8 @@ both without the cancellation of 1 - p at p near 1.
 
 Matryoshka prefixes are passes of their own, the widest first, over the same buffers and gradient accumulators.
 
-Memory: one block of z (its size from a byte budget), unit copies of the inputs, the gradients. Accumulators, softmax
-statistics and loss are fp32 (fp64 for fp64 inputs); half-precision inputs are widened once, as stock does.
+Memory: one block of z (its size from a byte budget), unit copies of the inputs, the gradients. Products, accumulators,
+softmax statistics and loss are fp32 (fp64 for fp64 inputs), under autocast too: half-precision inputs are widened once.
 """
 
 from __future__ import annotations

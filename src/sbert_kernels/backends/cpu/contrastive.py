@@ -8,7 +8,8 @@ Operands are float32 or bfloat16. How float32 operands are multiplied follows `t
     "medium"   bfloat16, where the machine has instructions for it; float32 elsewhere
 
 bfloat16 operands are multiplied as they are where the machine has instructions for it, float16 ones (and bfloat16 ones
-elsewhere) in float32. Sums, softmax, positives and loss are float32 or better in any case.
+elsewhere) in float32. Under autocast all operands are multiplied as those of its type are. Sums, softmax, positives and
+loss are float32 or better in any case.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     """Returns loss and gradients of the contrastive operation."""
     documents = _concatenated(problem.documents)
     dtypes = {x.dtype for x in (problem.queries, documents, problem.all_queries) if x is not None}
-    precision = choose_precision(dtypes)
+    precision = choose_precision(dtypes, problem.autocast)
     # What is not bfloat16 throughout is widened; narrower matmuls convert as they pack.
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and precision == MatmulPrecision.BFLOAT16 else torch.float32
 
@@ -92,8 +93,11 @@ def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     return ContrastiveResult(loss, **found)
 
 
-def choose_precision(dtypes: set[torch.dtype]) -> MatmulPrecision:
-    """Returns how to multiply operands of these types, by torch's precision knob and the machine's instructions.
+def choose_precision(dtypes: set[torch.dtype], autocast: torch.dtype | None = None) -> MatmulPrecision:
+    """Returns how to multiply operands of these types with the machine's instructions.
+
+    SBERT_KERNELS_MATMUL decides if it is set, then autocast, as if all operands were of its type, then the operands'
+    types, and for float32 torch's precision knob.
 
     Raises:
         ValueError: SBERT_KERNELS_MATMUL asks for a precision of GPUs, or one without instructions here.
@@ -107,6 +111,8 @@ def choose_precision(dtypes: set[torch.dtype]) -> MatmulPrecision:
         if reason is not None:
             raise ValueError(f"SBERT_KERNELS_MATMUL={asked_for!r} cannot be served: {reason}.")
         return precision
+    if autocast is not None:
+        dtypes = {autocast}
     if dtypes == {torch.bfloat16}:
         return MatmulPrecision.BFLOAT16 if bfloat16_instructions() else MatmulPrecision.FLOAT32
     knob = torch.get_float32_matmul_precision()

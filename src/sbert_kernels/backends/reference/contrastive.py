@@ -1,7 +1,7 @@
 """The contrastive operation by its definition: every matrix held, autograd's gradients.
 
 It shares no trick with the other backends, and derives every rule from the options on its own, so that it can judge
-them.
+them. It multiplies in float32, or float64 for float64 embeddings, under autocast too: it rounds nothing on purpose.
 """
 
 from __future__ import annotations

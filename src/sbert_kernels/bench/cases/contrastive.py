@@ -29,6 +29,7 @@ class Case:
     dims: tuple[int, ...] = ()  # in a MatryoshkaLoss with these prefixes
     dtype: str | None = None  # of the embeddings, where it is not --dtype
     precision: str = "highest"  # of float32 products, as torch.set_float32_matmul_precision has it
+    autocast: str | None = None  # the type of torch.autocast, in which the forward pass then runs
     alone: bool = False  # stock cannot run it: parity is that of a small batch, and only ours is timed
     rounds: int = 1  # how many for each of --repeats: short calls need more samples
     uncompiled: str | None = None  # why torch.compile is no peer here
@@ -55,6 +56,7 @@ CASES = {
     "mnr-high": Case(MNR, 8192, 32768, precision="high"),
     "mnr-medium": Case(MNR, 8192, 32768, precision="medium"),
     "mnr-bfloat16": Case(MNR, 8192, 32768, dtype="bfloat16"),
+    "mnr-autocast": Case(MNR, 8192, 32768, dtype="float32", autocast="bfloat16"),
     "negatives": Case(MNR, 2048, 8192, dim=768, negatives=3),
     "mnr-512": Case(MNR, 512, 4096, rounds=4),
     "mnr-64": Case(MNR, 64, 512, rounds=20),

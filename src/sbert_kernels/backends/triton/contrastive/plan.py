@@ -162,7 +162,8 @@ def make_plan(problem: ContrastiveProblem, needs: Needs, target: Target, variant
 def precision_of(problem: ContrastiveProblem, target: Target) -> MatmulPrecision:
     """Returns how the embeddings of a problem are multiplied."""
     vectors = (problem.queries, *problem.documents, problem.all_queries)
-    return choose_precision({x.dtype for x in vectors if x is not None}, target, len(problem.dims))
+    dtypes = {x.dtype for x in vectors if x is not None}
+    return choose_precision(dtypes, target, len(problem.dims), problem.autocast)
 
 
 def is_masked(terms: Sequence[Term]) -> bool:
@@ -246,8 +247,8 @@ class _Planner:
             width=problem.queries.shape[1],
             row_offset=problem.row_offset,
             eps=problem.eps,
-            # fp16 cannot hold a gradient over eps.
-            zero_norm_gives_zero=problem.queries.dtype == torch.float16,
+            # fp16 cannot hold a gradient over eps, nor a weight.
+            zero_norm_gives_zero=torch.float16 in (problem.queries.dtype, self.precision.dtype),
             queries=self.operands["queries"],
             documents=self.operands["documents"],
             all_queries=self.operands.get("all_queries"),
@@ -257,10 +258,8 @@ class _Planner:
         )
 
     def _operand(self, parts: tuple[Tensor, ...], need: bool) -> OperandPlan:
-        cosine, dtype, wanted = self.problem.cosine, joined_dtype(parts), self.precision.dtype
-        unit_length = wanted == torch.float16 and cosine
-        if dtype not in (wanted, torch.float32) or wanted == torch.bfloat16:
-            dtype = wanted
+        cosine, dtype = self.problem.cosine, self.precision.dtype
+        unit_length = dtype == torch.float16 and cosine
         copied = len(parts) > 1 or unit_length or dtype != parts[0].dtype or parts[0].stride(1) != 1
         return OperandPlan(
             rows=sum(map(len, parts)),

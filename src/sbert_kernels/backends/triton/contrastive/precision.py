@@ -60,13 +60,19 @@ class MatmulPrecision:
         }
 
 
-def choose_precision(dtypes: Set[torch.dtype], target: Target, prefixes: int = 1) -> MatmulPrecision:
+def choose_precision(
+    dtypes: Set[torch.dtype], target: Target, prefixes: int = 1, autocast: torch.dtype | None = None
+) -> MatmulPrecision:
     """Returns the precision for embeddings of these types: half precision if all are alike in it, else that of fp32.
 
-    float32 embeddings follow SBERT_KERNELS_MATMUL, else torch.set_float32_matmul_precision(). A precision that the
-    target lacks is replaced by one that is no less exact, and a line in the log says so.
+    SBERT_KERNELS_MATMUL decides for float32 embeddings if it is set; then autocast, as if all embeddings were of its
+    type; then torch.set_float32_matmul_precision(). A precision that the target lacks is replaced by one that is no
+    less exact, and a line in the log says so where the setting has asked for it.
     """
     formats = target.gpu.formats
+    asked_for = settings.get("matmul")
+    if autocast is not None and asked_for is None:
+        dtypes = {autocast}
     # Weights over the small norms of short prefixes leave fp16's range; tf32 has as many digits, and a wider range.
     if len(dtypes) == 1 and torch.float32 not in dtypes and not (dtypes == {torch.float16} and prefixes > 1):
         dtype = next(iter(dtypes))
@@ -74,7 +80,6 @@ def choose_precision(dtypes: Set[torch.dtype], target: Target, prefixes: int = 1
         if dtype == torch.float16 or name in formats:
             return MatmulPrecision(name, dtype, fma=name not in formats)
         return MatmulPrecision("float32", torch.float32, fma=True)
-    asked_for = settings.get("matmul")
     name = asked_for or _BY_TORCH[torch.get_float32_matmul_precision()]
     if dtypes == {torch.float16}:
         name = "tf32"
