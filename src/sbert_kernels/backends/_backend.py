@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,7 +18,41 @@ from ..problems.ranking import RankingProblem, RankingResult
 Problem = ContrastiveProblem | RankingProblem | PairwiseProblem
 
 
-class Backend(Protocol):
+class ContrastiveModule(Protocol):
+    """A backend's module `contrastive`."""
+
+    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
+        """Returns loss and gradients of the contrastive operation."""
+
+
+class RankingModule(Protocol):
+    """A backend's module `ranking`."""
+
+    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
+        """Returns loss and gradients of the ranking operation."""
+
+
+class PairwiseModule(Protocol):
+    """A backend's module `pairwise`."""
+
+    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
+        """Returns the scores of each similarity, (C * n,) each."""
+
+    def pairwise_gradients(
+        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> PairwiseGradients:
+        """Returns the gradients of the embeddings from those of the scores."""
+
+
+class Operations(NamedTuple):
+    """A backend's modules, one for each operation."""
+
+    contrastive: ContrastiveModule
+    ranking: RankingModule
+    pairwise: PairwiseModule
+
+
+class Backend(ABC):
     """One way to compute all operations. Importing a backend's package imports none of its kernels.
 
     Attributes:
@@ -48,23 +83,10 @@ class Backend(Protocol):
         return None
 
     @abstractmethod
-    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
-        """Returns loss and gradients of the contrastive operation."""
-        ...
+    def load(self) -> Operations:
+        """Imports the kernels and returns their modules."""
 
-    @abstractmethod
-    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
-        """Returns loss and gradients of the ranking operation."""
-        ...
-
-    @abstractmethod
-    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
-        """Returns the scores of each similarity of the pairwise operation, (C * n,) each."""
-        ...
-
-    @abstractmethod
-    def pairwise_gradients(
-        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> PairwiseGradients:
-        """Returns the gradients of the embeddings from those of the scores."""
-        ...
+    @cached_property
+    def operations(self) -> Operations:
+        """The modules of the kernels, imported when they are first asked for."""
+        return self.load()

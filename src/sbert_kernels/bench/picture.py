@@ -68,7 +68,7 @@ def _columns(label: str, time_file: str, memory_file: str, case: str, stock: str
 COMPARISONS = (
     _sides(
         "CPU, Matryoshka(MNR)\ntraining step, static model, 8,192 pairs",
-        f"{CPU}/training",
+        f"{CPU}/training-again",
         "matryoshka N=8192 D=512",
         "side",
         "sbert-kernels",
@@ -76,7 +76,7 @@ COMPARISONS = (
     ),
     _sides(
         "CPU, MNR\ntraining step, static model, 8,192 pairs",
-        f"{CPU}/training",
+        f"{CPU}/training-again",
         "mnr N=8192 D=512",
         "side",
         "sbert-kernels",
@@ -90,9 +90,17 @@ COMPARISONS = (
         "ours",
         "s",
     ),
-    _columns("CPU, MNR\nloss alone, N=8,192, float32", f"{CPU}/contrastive", f"{CPU}/contrastive", "mnr N=8192 D=384"),
     _columns(
-        "CPU, AnglE\nloss alone, N=65,536, float32", f"{CPU}/ranking", f"{CPU}/ranking", "angle-large N=65536 D=384"
+        "CPU, MNR\nloss alone, N=8,192, float32",
+        f"{CPU}/contrastive-again",
+        f"{CPU}/contrastive-again",
+        "mnr N=8192 D=384",
+    ),
+    _columns(
+        "CPU, AnglE\nloss alone, N=65,536, float32",
+        f"{CPU}/ranking-again",
+        f"{CPU}/ranking-again",
+        "angle-large N=65536 D=384",
     ),
     _columns(
         "H200, MNR\nloss alone, N=65,536, bfloat16",

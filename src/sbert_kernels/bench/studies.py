@@ -140,7 +140,7 @@ STUDIES = {
         },
     ),
     "gpu-losses": Study(
-        "Forward and backward of other losses, from embeddings to gradients: symmetric, GIST, Matryoshka, CoSENT, AnglE.",
+        "Forward and backward of the symmetric loss, GIST, Matryoshka, CoSENT and AnglE, from embeddings to gradients.",
         f"{BENCH} gpu",
         {
             "case": "case",
@@ -226,10 +226,10 @@ STUDIES = {
             "verdict": "verdict",
         },
     ),
-    "gpu-targets": Study(
-        "The project's own targets for a GPU.",
-        "python -m benchmarks.targets FOLDER",
-        {"target": "target", "verdict": "verdict", "found": "found"},
+    "gpu-goals": Study(
+        "The project's own goals for a GPU.",
+        "python -m benchmarks.goals FOLDER",
+        {"goal": "goal", "verdict": "verdict", "found": "found"},
     ),
     "aot-summary": Study(
         "What compilers made of the Triton kernels for GPUs, without one: registers, spills and tensor-core "

@@ -22,9 +22,9 @@ from ..backends import Backend
 from ..problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs, Term, weight_sum
 
 
-def compute(backend: Backend, problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
+def compute_with_smoothing(backend: Backend, problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     """Returns loss and gradients of the contrastive operation: the backend's, and what smoothing adds to them."""
-    plain = backend.contrastive(problem, needs)
+    plain = backend.operations.contrastive.contrastive(problem, needs)
     if problem.spec.label_smoothing == 0 or backend.by_definition:
         return plain
     smoothing = _Smoothing(problem, needs)

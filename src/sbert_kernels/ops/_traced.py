@@ -21,7 +21,7 @@ from ..problems.pairwise import PairwiseGradients, PairwiseProblem
 from ..problems.ranking import RankingProblem, RankingResult
 from ..problems.scale import Scale
 from ._dispatch import backend_for
-from ._smoothing import compute
+from ._smoothing import compute_with_smoothing
 
 Input = TypeVar("Input", Tensor, Tensor | float | None)
 
@@ -117,7 +117,7 @@ def _contrastive_loss(
     if problem.scale.value is not None:
         check_scale(problem.scale.value)
     with _backend_in_graph("contrastive", backend, problem, needs) as chosen:
-        return _filled(queries, compute(chosen, problem, Needs(*needs)))
+        return _filled(queries, compute_with_smoothing(chosen, problem, Needs(*needs)))
 
 
 @_contrastive_loss.register_fake
@@ -169,7 +169,7 @@ def _ranking_loss(
     problem = RankingProblem(scores, labels, Scale(scale if scale_tensor is None else scale_tensor), weights)
     ranking_contract.check_values(problem)
     with _backend_in_graph("ranking", backend, problem, needs) as chosen:
-        return _filled(scores, chosen.ranking(problem, ranking_contract.Needs(*needs)))
+        return _filled(scores, chosen.operations.ranking.ranking(problem, ranking_contract.Needs(*needs)))
 
 
 @_ranking_loss.register_fake
@@ -193,7 +193,7 @@ def pairwise(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...
 def _pairwise(x: Tensor, columns: Sequence[Tensor], similarities: str, backend: Optional[str]) -> list[Tensor]:  # noqa: UP045
     problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
     with backend_for("pairwise", backend, problem) as chosen:
-        return list(chosen.pairwise(problem))
+        return list(chosen.operations.pairwise.pairwise(problem))
 
 
 @_pairwise.register_fake
@@ -225,7 +225,7 @@ def _pairwise_gradients(
 ) -> list[Tensor]:
     problem = PairwiseProblem(x, tuple(columns), tuple(similarities.split(",")))
     with _backend_in_graph("pairwise", backend, problem, needs) as chosen:
-        found = chosen.pairwise_gradients(problem, gradients, needs)
+        found = chosen.operations.pairwise.pairwise_gradients(problem, gradients, needs)
     return _filled(x, (found.x, *found.columns))
 
 

@@ -33,7 +33,7 @@ from . import _checks as checks
 from . import _traced
 from ._autograd import destinations_of, double_backward_guard, learnable, scaled
 from ._dispatch import backend_for
-from ._smoothing import compute
+from ._smoothing import compute_with_smoothing
 
 
 class _Contrastive(torch.autograd.Function):
@@ -68,7 +68,7 @@ def _run(problem: ContrastiveProblem, backend: str | None, needs: Needs) -> cont
     if not readable(*problem.tensors()):
         return _traced.contrastive(problem, backend, needs)
     with backend_for("contrastive", backend, problem) as chosen:
-        return compute(chosen, problem, needs)
+        return compute_with_smoothing(chosen, problem, needs)
 
 
 def contrastive_loss(

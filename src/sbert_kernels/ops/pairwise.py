@@ -51,7 +51,7 @@ class _Pairwise(torch.autograd.Function):
             flow = _traced.pairwise_gradients(problem, ctx.backend, gradients, needs)
         else:
             with backend_for("pairwise", ctx.backend, problem) as chosen:
-                flow = chosen.pairwise_gradients(problem, gradients, needs)
+                flow = chosen.operations.pairwise.pairwise_gradients(problem, gradients, needs)
         guard = x
         if torch.is_grad_enabled():
             guard = double_backward_guard([v for v in (x, *columns, *gradients) if v is not None])
@@ -62,7 +62,7 @@ def _scores(problem: PairwiseProblem, backend: str | None) -> tuple[Tensor, ...]
     if not readable(problem.x, *problem.columns):
         return _traced.pairwise(problem, backend)
     with backend_for("pairwise", backend, problem) as chosen:
-        return chosen.pairwise(problem)
+        return chosen.operations.pairwise.pairwise(problem)
 
 
 def pairwise_similarity(

@@ -58,7 +58,7 @@ def _run(problem: RankingProblem, backend: str | None, needs: Needs) -> RankingR
         return _traced.ranking(problem, backend, needs)
     check_values(problem)
     with backend_for("ranking", backend, problem) as chosen:
-        return chosen.ranking(problem, needs)
+        return chosen.operations.ranking.ranking(problem, needs)
 
 
 def ranking_loss(

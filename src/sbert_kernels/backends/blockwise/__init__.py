@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from ...problems.contrastive import ContrastiveProblem, ContrastiveResult
-from ...problems.contrastive import Needs as ContrastiveNeeds
-from ...problems.pairwise import PairwiseGradients, PairwiseProblem
-from ...problems.ranking import Needs as RankingNeeds
-from ...problems.ranking import RankingProblem, RankingResult
-from .._backend import Backend
+from .._backend import Backend, Operations
 
 
 class BlockwiseBackend(Backend):
@@ -20,28 +11,8 @@ class BlockwiseBackend(Backend):
     name = "blockwise"
     summary = "row blocks of torch ops, any device and dtype"
 
-    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
-        """Returns loss and gradients of the contrastive operation."""
-        from .contrastive import contrastive
+    def load(self) -> Operations:
+        """Imports the kernels and returns their modules."""
+        from . import contrastive, pairwise, ranking
 
-        return contrastive(problem, needs)
-
-    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
-        """Returns loss and gradients of the ranking operation."""
-        from .ranking import ranking
-
-        return ranking(problem, needs)
-
-    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
-        """Returns the scores of each similarity of the pairwise operation."""
-        from .pairwise import pairwise
-
-        return pairwise(problem)
-
-    def pairwise_gradients(
-        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> PairwiseGradients:
-        """Returns the gradients of the embeddings from those of the scores."""
-        from .pairwise import pairwise_gradients
-
-        return pairwise_gradients(problem, gradients, needs)
+        return Operations(contrastive=contrastive, ranking=ranking, pairwise=pairwise)

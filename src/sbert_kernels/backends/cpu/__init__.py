@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor
-
 from ... import extension
-from ...problems.contrastive import ContrastiveProblem, ContrastiveResult
-from ...problems.contrastive import Needs as ContrastiveNeeds
-from ...problems.pairwise import PairwiseGradients, PairwiseProblem
-from ...problems.ranking import Needs as RankingNeeds
-from ...problems.ranking import RankingProblem, RankingResult
-from .._backend import Backend, Problem
+from ...problems.contrastive import ContrastiveProblem
+from .._backend import Backend, Operations, Problem
 
 
 class CpuBackend(Backend):
@@ -35,28 +28,8 @@ class CpuBackend(Backend):
             return contrastive.why_not(cast("ContrastiveProblem | None", problem))
         return extension.load()
 
-    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
-        """Returns loss and gradients of the contrastive operation."""
-        from .contrastive import contrastive
+    def load(self) -> Operations:
+        """Imports the kernels and returns their modules."""
+        from . import contrastive, pairwise, ranking
 
-        return contrastive(problem, needs)
-
-    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
-        """Returns loss and gradients of the ranking operation."""
-        from .ranking import ranking
-
-        return ranking(problem, needs)
-
-    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
-        """Returns the scores of each similarity of the pairwise operation."""
-        from .pairwise import pairwise
-
-        return pairwise(problem)
-
-    def pairwise_gradients(
-        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> PairwiseGradients:
-        """Returns the gradients of the embeddings from those of the scores."""
-        from .pairwise import pairwise_gradients
-
-        return pairwise_gradients(problem, gradients, needs)
+        return Operations(contrastive=contrastive, ranking=ranking, pairwise=pairwise)

@@ -8,18 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-from collections.abc import Sequence
 from functools import cache
 from typing import cast
 
-from torch import Tensor
-
-from ...problems.contrastive import ContrastiveProblem, ContrastiveResult
-from ...problems.contrastive import Needs as ContrastiveNeeds
-from ...problems.pairwise import PairwiseGradients, PairwiseProblem
-from ...problems.ranking import Needs as RankingNeeds
-from ...problems.ranking import RankingProblem, RankingResult
-from .._backend import Backend, Problem
+from ...problems.contrastive import ContrastiveProblem
+from ...problems.pairwise import PairwiseProblem
+from ...problems.ranking import RankingProblem
+from .._backend import Backend, Operations, Problem
 from .targets import AMD_ARCHS, OLDEST_CAPABILITY
 
 OLDEST_TRITON = (3, 4)
@@ -48,31 +43,11 @@ class TritonBackend(Backend):
             return ranking.why_not(cast("RankingProblem | None", problem))
         return pairwise.why_not(cast("PairwiseProblem | None", problem))
 
-    def contrastive(self, problem: ContrastiveProblem, needs: ContrastiveNeeds) -> ContrastiveResult:
-        """Returns loss and gradients of the contrastive operation."""
-        from .contrastive import contrastive
+    def load(self) -> Operations:
+        """Imports the kernels and returns their modules."""
+        from . import contrastive, pairwise, ranking
 
-        return contrastive(problem, needs)
-
-    def ranking(self, problem: RankingProblem, needs: RankingNeeds) -> RankingResult:
-        """Returns loss and gradients of the ranking operation."""
-        from .ranking import ranking
-
-        return ranking(problem, needs)
-
-    def pairwise(self, problem: PairwiseProblem) -> tuple[Tensor, ...]:
-        """Returns the scores of each similarity of the pairwise operation."""
-        from .pairwise import pairwise
-
-        return pairwise(problem)
-
-    def pairwise_gradients(
-        self, problem: PairwiseProblem, gradients: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> PairwiseGradients:
-        """Returns the gradients of the embeddings from those of the scores."""
-        from .pairwise import pairwise_gradients
-
-        return pairwise_gradients(problem, gradients, needs)
+        return Operations(contrastive=contrastive, ranking=ranking, pairwise=pairwise)
 
 
 def why_not_on(device: str, by_name: bool) -> str | None:
