@@ -7,7 +7,7 @@ import functools
 import importlib
 
 from sbert_kernels.bench import page
-from sbert_kernels.bench.cases import contrastive, gpu, gradcache, objective, ranking, training
+from sbert_kernels.bench.cases import contrastive, gpu, gradcache, kernels, objective, ranking, training
 
 # Each subject's cases, with the options of its command line, and what it measures.
 SUBJECTS = {
@@ -16,6 +16,7 @@ SUBJECTS = {
     "objective": (objective, "AnglE's whole objective on a model, against the sum of three stock losses"),
     "training": (training, "whole training steps of a static-embedding model, and what they are made of"),
     "gradcache": (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
+    "kernels": (kernels, "each kernel of a backend alone, beside the vendor's product or a copy of the same bytes"),
     "gpu": (gpu, "the Triton kernels on one GPU: parity, time, memory and peers"),
 }
 

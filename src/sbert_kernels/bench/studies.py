@@ -96,6 +96,26 @@ STUDIES = {
             "note": "note",
         },
     ),
+    "kernels": Study(
+        "Each kernel alone, beside the vendor's product of the same shape, or a copy that reads and writes as many "
+        "bytes. The peak of a GPU is its maker's, that of a CPU a large product and a large copy, measured. A kernel "
+        "that multiplies and does more is read against the product alone.",
+        f"{BENCH} kernels",
+        {
+            "kernel": "kernel",
+            "shape": "shape",
+            "dtype": "dtype",
+            "starts": "starts",
+            "ms": "ms",
+            "TFLOP/s": "TFLOP/s",
+            "GB/s": "GB/s",
+            "vendor ms": "vendor ms",
+            "copy ms": "copy ms",
+            "this / other": "this / other",
+            "% of peak": "% of peak",
+            "note": "note",
+        },
+    ),
     "accuracy": Study(
         "Errors against float64, relative: of the loss, of the queries' and of the documents' gradients. Eager "
         "computes in the type of the embeddings. In p = 0.999, a well-trained batch, the gradient is of the size "
