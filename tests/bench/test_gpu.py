@@ -101,6 +101,9 @@ def test_calls_are_foreseen_from_other_sizes_of_their_kind() -> None:
     assert pace.seconds("eager", Job("contrastive", in_batch(4000, 384))) == pytest.approx(4.0)
     assert pace.seconds("eager", Job("contrastive", in_batch(4000, 768, dtype="float16"))) == 0
     assert pace.seconds("ours", Job("contrastive", in_batch(4000, 768))) == 0
+    # What is the host's time at a small size does not grow.
+    pace.note(Job("contrastive", in_batch(10, 768)), {"eager": Timing((0.1,))})
+    assert pace.seconds("eager", Job("contrastive", in_batch(4000, 768))) == pytest.approx(8.0)
 
 
 def test_peers_many_times_slower_are_not_timed_at_larger_sizes(bench: Bench) -> None:
@@ -321,10 +324,10 @@ def test_the_row_of_whole_training_steps(bench: Bench, monkeypatch: pytest.Monke
     assert row["eager/ours"] == pytest.approx(row["eager ms"] / row["ours ms"])
 
 
-def test_sigmoid_losses_are_told_where_they_are_not_installed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigmoid_losses_are_timed_where_they_are_installed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job("sigmoid", in_batch(16, 8))
     monkeypatch.setattr(machine, "version", lambda name: None)
-    assert gpu_rows.sigmoid_row(bench, job)["siglip-kernel ms"] == "not installed"
+    assert gpu.chosen([job], ["sigmoid"]) == []
 
     def fused_siglip_loss(queries: Tensor, documents: Tensor, log_temperature: Tensor, bias: Tensor) -> Tensor:
         logits = queries @ documents.T * log_temperature.exp() + bias
@@ -334,6 +337,7 @@ def test_sigmoid_losses_are_told_where_they_are_not_installed(bench: Bench, monk
     setattr(module, "fused_siglip_loss", fused_siglip_loss)  # noqa: B010 - not of a module
     monkeypatch.setitem(sys.modules, "siglip_kernel", module)
     monkeypatch.setattr(machine, "version", lambda name: "1")
+    assert gpu.chosen([job], ["sigmoid"]) == [job]
     assert gpu_rows.sigmoid_row(bench, job)["siglip-kernel ms"] > 0
 
 
@@ -613,7 +617,7 @@ def test_a_whole_run_writes_every_report(
         assert len(rows) == count
     (times,) = json.loads((tmp_path / "gpu-contrastive.json").read_text())["rows"]
     assert times["inf-cl ms"] > 0
-    assert times["liger-kernel ms"] == "not installed"
+    assert "liger-kernel ms" not in times  # it is told once that it is not installed
     assert "| pass" in (tmp_path / "gpu-parity.md").read_text()
 
 
@@ -624,7 +628,7 @@ def test_failures_end_the_run_with_their_names(run: gpu.Run, tmp_path: Path, mon
         gpu.conclude(run, arguments("--output", str(tmp_path)), [])
 
 
-def test_compiling_ahead_tells_of_failures_and_stops_in_time() -> None:
+def test_compiling_ahead_tells_of_failures_and_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job("parity", in_batch(16, 8, dtype="float32"))
     assert gpu_compile._compile("cpu", None, math.inf, job) is None
     assert gpu_compile._compile("cpu", None, math.inf, Job("parity", ranking.Case((ranking.COSENT,), 8, dim=4))) is None
@@ -632,10 +636,13 @@ def test_compiling_ahead_tells_of_failures_and_stops_in_time() -> None:
     assert found is not None
     assert "is not a backend" in found
     assert gpu_compile._compile("cpu", "unknown", 0.0, job) is None
+    monkeypatch.setitem(gpu_peers.PEERS, "torch", gpu_peers.Peer("torch", lambda: in_batch_loss(1.0)))
+    assert gpu_compile._compile("cpu", None, math.inf, replace(job, peer="torch")) is None
 
 
 def test_what_is_compiled_ahead_is_small_and_each_kernel_once() -> None:
     found = [small for job in plan(("liger-kernel",)) if (small := gpu_compile._small(job)) is not None]
-    assert max(job.rows for job in found) == 1000
-    assert not [job for job in found if job.peers or job.peer or isinstance(job.case, Training)]
+    assert max(job.rows for job in found) == 1024
+    assert [job.peer for job in found if job.peer] == ["liger-kernel"]
+    assert not [job for job in found if job.peers or isinstance(job.case, Training)]
     assert len({(job.name, job.rows) for job in found}) < len(found)

@@ -116,9 +116,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def chosen(jobs: Iterable[Job], kinds: Sequence[str]) -> list[Job]:
-    """Returns the jobs of some kinds, and the checks of the peers that those are timed with."""
+    """Returns the jobs of some kinds that can run, and the checks of the peers that those are timed with."""
     with_peers = any(job.peers for job in jobs if job.kind in kinds)
-    return [job for job in jobs if job.kind in kinds or (job.peer is not None and with_peers)]
+    absent = () if machine.version(gpu_peers.SIGMOID) else ("sigmoid",)
+    wanted = [kind for kind in kinds if kind not in absent]
+    return [job for job in jobs if job.kind in wanted or (job.peer is not None and with_peers)]
 
 
 def conclude(run_: Run, args: argparse.Namespace, jobs: Sequence[Job] | None = None) -> None:

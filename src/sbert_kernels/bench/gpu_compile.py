@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of `bench gpu` ahead of their use, in several processes."""
+"""Compiles the Triton kernels of `bench gpu`, ours and the peers', ahead of their use, in several processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sbert_kernels import machine
 from sbert_kernels.bench.cases import contrastive, ranking
 from sbert_kernels.bench.gpu_jobs import PARITY_ROWS, Job
 from sbert_kernels.bench.gpu_pace import Budget, reason
+from sbert_kernels.bench.gpu_peers import PEERS
 from sbert_kernels.bench.gpu_steps import Bench, loss_and_gradients, loss_of, ours_as
 from sbert_kernels.workloads.recipes import OURS
 
@@ -50,8 +51,10 @@ def compile_ahead(bench: Bench, jobs: Sequence[Job]) -> str | None:
 
 def _small(job: Job) -> Job | None:
     """Returns a job on few rows that needs the same kernels; None for one that needs none of its own."""
-    if job.peer is not None or job.kind in ("training", "sigmoid"):
+    if job.kind in ("training", "sigmoid"):
         return None
+    if job.peer is not None:
+        return job
     rows = PARITY_ROWS if job.kind == "parity" else SMALL
     if isinstance(job.case, ranking.Case):
         return replace(job, case=replace(job.case, rows=min(rows, job.case.rows)), peers=False)
@@ -68,7 +71,9 @@ def _compile(device: str, backend: str | None, until: float, job: Job) -> str | 
     bench = Bench(device, 1, Budget(0.0), backend=backend)
     try:
         with machine.matmul_precision(job.precision), ours_as(bench, job):
-            loss_and_gradients(loss_of(OURS, job, device), job, device)
+            loss = loss_of(OURS, job, device) if job.peer is None else PEERS[job.peer].load()(job.in_batch)
+            if not isinstance(loss, str):
+                loss_and_gradients(loss, job, device)
     except Exception as error:
         return reason(error)
     return None

@@ -161,7 +161,8 @@ def plan(peers: Sequence[str] = (), quick: bool = False) -> list[Job]:
     """Returns the jobs, those first that say most in the least time. ``peers``: the names of the other libraries."""
     main = [Job("contrastive", in_batch(rows, 768), peers=True) for rows in (1024, 4096, 16384, 65536)]
     first = [*_main_parity(), *(Job("host", in_batch(rows, 768)) for rows in (64, 256, 1024, 4096))]
-    checks = [Job("parity", in_batch(1024, 384), peer=peer) for peer in peers]
+    # Of the first size that they are timed at, so that their kernels are compiled once.
+    checks = [Job("parity", in_batch(1024, 768), peer=peer) for peer in peers]
     if quick:
         return [*first, *checks, *main]
 

@@ -36,10 +36,11 @@ class Budget:
 
 
 class Pace:
-    """Foresees how long calls take from calls of other sizes: time grows with N N D."""
+    """Foresees how long calls take from calls of other sizes: time grows with N N D, or less."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], tuple[float, float]] = {}  # size and seconds by contender and likeness
+        # Sizes and seconds by contender and likeness.
+        self._seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
         self._dropped: dict[tuple[str, str], tuple[int, str]] = {}
 
     def note(self, job: Job, timings: Mapping[str, machine.Timing]) -> None:
@@ -48,16 +49,19 @@ class Pace:
         for name, timing in timings.items():
             if not timing.samples:
                 continue
-            self._seen[name, job.likeness] = _size(job), timing.median_s
+            self._seen.setdefault((name, job.likeness), []).append((_size(job), timing.median_s))
             slow = timing.median_s > max(DROP_RATIO * ours, DROP_SECONDS)  # False where ours did not run
             if slow and name not in NEVER_DROPPED:
                 text = f"dropped: {timing.median_s / ours:.3g} times ours at N={job.rows}"
                 self._dropped.setdefault((name, job.likeness), (job.rows, text))
 
     def seconds(self, name: str, job: Job) -> float:
-        """Returns what a call should take; 0 where nothing alike has been seen."""
-        size, seconds = self._seen.get((name, job.likeness), (1.0, 0.0))
-        return seconds * _size(job) / size
+        """Returns what a call should take at most; 0 where nothing alike has been seen.
+
+        Of small sizes the host's time is most of it, which does not grow: the size that promises least is right.
+        """
+        seen = self._seen.get((name, job.likeness), ())
+        return min((seconds * _size(job) / size for size, seconds in seen), default=0.0)
 
     def why_dropped(self, name: str, job: Job) -> str | None:
         """Returns why a contender is not timed in a job, or None."""

@@ -41,7 +41,7 @@ CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 # a case to its loss, which is called as the losses of both libraries; or to why there is none
 MakeLoss = Callable[[Case], "nn.Module | str"]
 
-OTHER_LOSS = "has no such loss"
+OTHER_LOSS, NOT_INSTALLED = "has no such loss", "not installed"
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,13 @@ def load() -> tuple[dict[str, MakeLoss], dict[str, str]]:
             found[name] = peer.load()
         except Exception as error:  # whatever a package does at its import: it is not ours to mend
             absent = machine.version(peer.distribution) is None
-            missing[name] = "not installed" if absent else f"import failed: {type(error).__name__}: {error}"
+            missing[name] = NOT_INSTALLED if absent else f"import failed: {type(error).__name__}: {error}"
     return found, missing
 
 
 def advice(missing: dict[str, str]) -> str | None:
     """Returns how to install the peers that are missing, or None if none is."""
-    wanted = [PEERS[name].distribution for name, reason in missing.items() if reason == "not installed"]
+    wanted = [PEERS[name].distribution for name, reason in missing.items() if reason == NOT_INSTALLED]
     wanted += [] if machine.version(SIGMOID) else [SIGMOID]
     return f"more peers to compare with: pip install {' '.join(wanted)}" if wanted else None
 

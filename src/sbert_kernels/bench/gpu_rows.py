@@ -170,8 +170,6 @@ def sigmoid_row(bench: Bench, job: Job) -> dict[str, Any]:
         return step_of(gpu_peers.sigmoid_loss(bench.device))
 
     makes: dict[str, Make | str] = {"ours": lambda: ours(bench, job, step_of), gpu_peers.SIGMOID: sigmoid}
-    if machine.version(gpu_peers.SIGMOID) is None:
-        makes[gpu_peers.SIGMOID] = "not installed"
     return job.columns | _columns(_timed(bench, job, makes).timings)
 
 

@@ -148,7 +148,8 @@ def contenders(bench: Bench, job: Job, step_of: Inputs, free_bytes: float) -> di
         for name, make_loss in bench.peers.items():
             makes[name] = _peer(bench, job, name, make_loss, step_of)
         makes |= bench.missing
-    return {name: bench.pace.why_dropped(name, job) or make for name, make in makes.items()}
+    untold = (gpu_peers.OTHER_LOSS, gpu_peers.NOT_INSTALLED)  # the latter is told once, when the command starts
+    return {name: bench.pace.why_dropped(name, job) or make for name, make in makes.items() if make not in untold}
 
 
 def _peer(bench: Bench, job: Job, name: str, make_loss: gpu_peers.MakeLoss, step_of: Inputs) -> Make | str:

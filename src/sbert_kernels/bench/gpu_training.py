@@ -21,6 +21,7 @@ from sbert_kernels.bench.peers import features_of
 from sbert_kernels.bench.training import mixed_rows
 from sbert_kernels.workloads import texts
 from sbert_kernels.workloads.losses import in_batch_loss
+from sbert_kernels.workloads.training import quiet_libraries
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,6 +42,7 @@ class Workload:
 def _workload(name: str, hidden: int, layers: int, heads: int, pairs: int, max_tokens: int, device: str) -> Workload:
     from sbert_kernels.workloads.untrained import untrained_transformer
 
+    quiet_libraries()
     rows = mixed_rows(texts.docstring_pairs((PACKAGE,)).pairs, pairs)
     model = untrained_transformer(
         [text for row in rows for text in row], hidden=hidden, layers=layers, heads=heads, max_tokens=max_tokens
