@@ -109,10 +109,12 @@ def test_without_its_backend_the_command_says_why(
 
 @pytest.mark.skipif(extension.load() is not None, reason="the compiled CPU kernels are not there")
 def test_cpu_operations_count_the_products_and_bytes_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = (Products(64, 16), Pairs(32), Pairs(32, 8, "angle"))
+    wanted = (Products(64, 16), Pairs(32), Pairs(32, 8, "angle"), Pairs(32))
     monkeypatch.setattr(kernels_cpu, "CPU", wanted)
     source = kernels_cpu.CpuKernels()
-    found = {item.kernel: item for item in source.items(quick=True)}
+    items = list(source.items(quick=True))
+    assert len(items) == 5
+    found = {item.kernel: item for item in items}
     whole, loss = found["contrastive"], found["contrastive, loss alone"]
     assert whole.operations == 3 * loss.operations == 6 * 64 * 64 * 16
     assert whole.moved == 2 * loss.moved == 4 * 64 * 16 * 4

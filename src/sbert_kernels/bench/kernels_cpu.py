@@ -8,13 +8,13 @@ is the similarities alone. A Matryoshka loss needs the products of its widest pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sbert_kernels import contrastive_loss, extension, machine, pairwise_similarity, ranking_loss, settings
-from sbert_kernels.bench.cases.kernels import CPU, QUICK_ROWS, Pairs, Products
+from sbert_kernels.backends.cpu.contrastive import bfloat16_instructions
+from sbert_kernels.bench.cases.kernels import CPU, Pairs, Products, chosen
 from sbert_kernels.bench.kernels import Item, Shape
 
 PEAK_SIZE = 2048  # of the square product whose rate is the peak
@@ -33,8 +33,7 @@ class CpuKernels:
 
     def items(self, quick: bool) -> Iterator[Item]:
         """Yields the operations, with and without gradients."""
-        for case in CPU:
-            case = replace(case, rows=min(case.rows, QUICK_ROWS)) if quick else case
+        for case in chosen(CPU, quick):
             yield from _of_products(case) if isinstance(case, Products) else _of_pairs(case)
 
     def seconds(self, item: Item, repeats: int) -> float:
@@ -44,9 +43,12 @@ class CpuKernels:
 
     def peaks(self) -> dict[str, float]:
         """Returns the rates of a large product and of a large copy, as measured here and now."""
-        seconds = machine.gemm_seconds(PEAK_SIZE, PEAK_SIZE, PEAK_SIZE, torch.float32)
-        rate = 2.0 * PEAK_SIZE**3 / seconds
-        return {"fp32": rate, "tf32": rate, "half": rate, "bandwidth": machine.copy_bandwidth()}
+        types = {"fp32": torch.float32} | ({"half": torch.bfloat16} if bfloat16_instructions() else {})
+        rates = {
+            name: 2.0 * PEAK_SIZE**3 / machine.gemm_seconds(PEAK_SIZE, PEAK_SIZE, PEAK_SIZE, dtype)
+            for name, dtype in types.items()
+        }
+        return rates | {"bandwidth": machine.copy_bandwidth()}
 
 
 def embeddings(rows: int, dim: int, dtype: str, seed: int, device: str = "cpu") -> Tensor:
@@ -78,7 +80,10 @@ def _of_products(case: Products) -> Iterator[Item]:
         ("contrastive", call, ((n, m, dim), *gradients), 2 * read),
         ("contrastive, loss alone", without_gradients, ((n, m, dim),), read),
     ):
-        yield Item(name, case.name, case.kind, run, moved, products)
+        # Without instructions for it, bfloat16 is multiplied in float32.
+        half = case.dtype == "bfloat16" and bfloat16_instructions() is not None
+        dtype, rate = (torch.bfloat16, "half") if half else (torch.float32, "fp32")
+        yield Item(name, case.name, case.kind, run, moved, products, dtype, rate)
 
 
 def _of_pairs(case: Pairs) -> Iterator[Item]:

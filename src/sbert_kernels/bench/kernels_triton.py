@@ -18,7 +18,7 @@ from torch import Tensor
 from sbert_kernels import machine, pairwise_similarity, ranking_loss, settings
 from sbert_kernels.backends.triton import launching, why_not_on
 from sbert_kernels.backends.triton.targets import BY_NAME, Gpu
-from sbert_kernels.bench.cases.kernels import QUICK_ROWS, TRITON, Case, Pairs, Products
+from sbert_kernels.bench.cases.kernels import TRITON, Case, Pairs, Products, chosen
 from sbert_kernels.bench.gpu_jobs import WAYS
 from sbert_kernels.bench.kernels import Item, Shape
 from sbert_kernels.bench.kernels_cpu import call_of, embeddings
@@ -72,8 +72,7 @@ class TritonKernels:
 
     def items(self, quick: bool) -> Iterator[Item]:
         """Yields each launch of each case, one after the other."""
-        for case in self.cases:
-            case = replace(case, rows=min(case.rows, QUICK_ROWS)) if quick else case
+        for case in chosen(self.cases, quick):
             if isinstance(case, Pairs):
                 yield from self._launches(case, _of_pairs(case, self.device))
                 continue

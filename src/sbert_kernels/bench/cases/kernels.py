@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sbert_kernels.bench import arguments
@@ -53,7 +54,7 @@ class Pairs:
     @property
     def name(self) -> str:
         """Returns the shape in one line."""
-        return f"{self.rows} x {self.dim}, {self.similarity}" if self.dim else f"{self.rows}"
+        return f"{self.rows} x {self.dim}, {self.similarity}" if self.dim else f"{self.rows} pairs"
 
 
 PREFIXES = (512, 256, 128, 64, 32)
@@ -79,6 +80,15 @@ TRITON: tuple[Case, ...] = (
     *(Pairs(rows, 768, similarity, "bfloat16") for rows in (1024, 65536) for similarity in ("cos", "angle")),
 )
 QUICK_ROWS = 256
+
+
+def chosen(cases: Sequence[Case], quick: bool) -> list[Case]:
+    """Returns the cases of a run; those of a quick one have few rows, and none comes twice."""
+    found: list[Case] = []
+    for case in cases:
+        smaller = replace(case, rows=min(case.rows, QUICK_ROWS)) if quick else case
+        found += [] if smaller in found else [smaller]
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
