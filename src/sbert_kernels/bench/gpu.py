@@ -1,17 +1,9 @@
 """Benchmark on one GPU: parity, then time and peak memory of the Triton kernels against their peers.
 
-<<<<<<< HEAD
 Losses run as users run them: the class, its forward, loss.backward(), on embeddings that exist already. The jobs that
 say most in the least time come first; what a row will take is foreseen from smaller sizes, and one that would not end
 in `--seconds` is listed as not run, like a peer's call that is too long. A peer that takes five times as long as ours
 is not timed again at a larger size. Errors and running out of memory are results.
-=======
-Losses run as users run them: the class, its forward, loss.backward(), on embeddings that exist already. Jobs run in
-order of importance until `--minutes` are spent; what is left then is listed as not run. Errors and running out of
-memory are results. Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes;
-they are read against the same three products by the vendor's library. Which of the project's own goals a run meets
-says ``python -m benchmarks.goals`` in a clone.
->>>>>>> main
 
 Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes; they are read against
 the same three products by the vendor's library. Peak memory is that of one call, gradients included. The host's time is

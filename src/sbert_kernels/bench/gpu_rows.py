@@ -61,7 +61,7 @@ def _peer_row(bench: Bench, job: Job, name: str) -> dict[str, Any]:
     """Returns the error of a peer; one that computes something else is not timed, and no failure of ours."""
     row: dict[str, Any] = {"case": f"{name}, N={job.rows} D={job.dim} {job.dtype}", "limit": PEER_LIMIT}
     try:
-        exact = loss_and_gradients(loss_of(STOCK, job, bench.device), job, bench.device)
+        exact = loss_and_gradients(loss_of(STOCK, job, bench.device), job, bench.device, torch.float64)
         loss = bench.peers[name](job.in_batch)
         if isinstance(loss, str):
             raise ValueError(loss)
@@ -145,7 +145,8 @@ def weights_row(bench: Bench, job: Job) -> dict[str, Any]:
     if ran:
         faster = min(ran, key=lambda way: timings[way].median_s)
         row |= {"faster": faster, "ours/faster": timings["ours"].median_s / timings[faster].median_s}
-    broken = [f"{way}: {timings[way].error}" for way in WAYS if timings[way].error]
+    errors = {way: timings[way].error or NOT_RUN for way in WAYS if not timings[way].samples}
+    broken = [f"{way}: {error}" for way, error in errors.items() if not error.startswith(NOT_RUN)]
     return row | ({"note": "; ".join(broken)} if broken and "note" not in row else {})
 
 
