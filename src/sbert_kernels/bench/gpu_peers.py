@@ -105,7 +105,7 @@ class SigmoidLoss(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-10.0, device=device))
 
     def forward(self, features: list[dict[str, Tensor]], labels: None) -> Tensor:
-        """Returns the sum over all pairs by the number of rows."""
+        """Returns the loss."""
         queries, documents = (F.normalize(column["embedding"], dim=1) for column in features)
         return self.loss(queries, documents, self.log_temperature, self.bias)
 

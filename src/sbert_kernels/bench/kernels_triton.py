@@ -71,18 +71,22 @@ class TritonKernels:
         self.target = launching.target_of(torch.device(device))
 
     def items(self, quick: bool) -> Iterator[Item]:
-        """Yields each launch of each case, one after the other."""
+        """Yields each launch of each case, one after the other; what both ways of making weights share comes once."""
         for case in chosen(self.cases, quick):
             if isinstance(case, Pairs):
-                yield from self._launches(case, _of_pairs(case, self.device))
+                yield from self._launches(case, _of_pairs(case, self.device), set())
                 continue
             call, vectors = call_of(case, self.device)
+            seen: set[Any] = set()
             for way in WAYS if "weights" in settings.VARIABLES else (None,):
-                yield from self._launches(case, _with_gradients(call, vectors), way)
+                yield from self._launches(case, _with_gradients(call, vectors), seen, way)
             if self.device.startswith("cuda"):
                 yield from _vendor_products(case, self.device)
 
-    def _launches(self, case: Case, call: Callable[[], object], way: str | None = None) -> Iterator[Item]:
+    def _launches(
+        self, case: Case, call: Callable[[], object], seen: set[Any], way: str | None = None
+    ) -> Iterator[Item]:
+        """Yields the launches of a call, those that take the same time once, and none of those that were seen."""
         precision = getattr(case, "precision", "highest")
         chosen = {} if way is None else {"weights": way}
         with (
@@ -101,6 +105,9 @@ class TritonKernels:
         shape = case.name if way is None else f"{case.name}, {way}"
         firsts = [alike[0] for alike in found.values()]
         for key, alike in found.items():
+            if key in seen:
+                continue
+            seen.add(key)
             yield _item(alike[0], label(alike[0], firsts), shape, case, len(alike), kept[key])
 
     def seconds(self, item: Item, repeats: int) -> float:
