@@ -621,6 +621,22 @@ def test_a_whole_run_writes_every_report(
     assert "| pass" in (tmp_path / "gpu-parity.md").read_text()
 
 
+def test_an_interrupted_run_writes_what_it_has(
+    run: gpu.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(bench: Bench, job: Job) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_peers, "load", lambda: ({}, {}))
+    monkeypatch.setattr(gpu, "compile_ahead", lambda bench, jobs: None)
+    monkeypatch.setitem(gpu.RUNNERS, "host", lambda bench, job: job.columns | {"ours host us": 90.0})
+    monkeypatch.setitem(gpu.RUNNERS, "contrastive", interrupted)
+    jobs = [Job("host", in_batch(16, 8)), Job("contrastive", in_batch(16, 8)), Job("host", in_batch(32, 8))]
+    gpu.conclude(run, arguments("--output", str(tmp_path)), jobs)
+    assert "interrupted" in capsys.readouterr().out
+    assert [row["N"] for row in json.loads((tmp_path / "gpu-host.json").read_text())["rows"]] == [16]
+
+
 def test_failures_end_the_run_with_their_names(run: gpu.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_peers, "load", lambda: ({}, {}))
     run.failed.append("parity: N=1 D=2: wrong")

@@ -3,7 +3,8 @@
 Losses run as users run them: the class, its forward, loss.backward(), on embeddings that exist already. The jobs that
 say most in the least time come first; what a row will take is foreseen from smaller sizes, and one that would not end
 in `--seconds` is listed as not run, like a peer's call that is too long. A peer that takes five times as long as ours
-is not timed again at a larger size. Errors and running out of memory are results.
+is not timed again at a larger size. Errors and running out of memory are results. An interrupt (SIGINT) ends the
+measurements, and what there is by then is written.
 
 Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes; they are read against
 the same three products by the vendor's library. Peak memory is that of one call, gradients included. The host's time is
@@ -125,7 +126,10 @@ def conclude(run_: Run, args: argparse.Namespace, jobs: Sequence[Job] | None = N
         if text:
             print(text)
     with tqdm(jobs, file=sys.stderr) as progress:
-        run_.run(progress, progress.set_description)
+        try:
+            run_.run(progress, progress.set_description)
+        except KeyboardInterrupt:
+            print("interrupted: what was measured so far is written")
     for report in run_.reports.values():
         if report.rows:
             harness.finish(report, args.output, [])
