@@ -151,3 +151,18 @@ def test_the_commit_is_that_of_the_clone_and_of_nothing_else(tmp_path: Path, mon
     installed.mkdir(parents=True)
     monkeypatch.setattr(machine, "_PACKAGE", installed.resolve())
     assert machine.commit() is None
+
+
+def test_the_host_s_time_is_that_of_one_of_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 16.0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(times))
+    calls = []
+    assert machine.host_seconds(lambda: calls.append(1), 3) == 2.0
+    assert len(calls) == 3
+
+
+def test_without_a_gpu_a_call_has_no_peak_of_its_memory_but_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    calls = []
+    assert machine.device_peak(lambda: calls.append(1)) is None
+    assert calls == [1]

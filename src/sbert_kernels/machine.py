@@ -38,8 +38,10 @@ __all__ = [
     "Timing",
     "commit",
     "copy_bandwidth",
+    "device_peak",
     "facts",
     "gemm_seconds",
+    "host_seconds",
     "is_out_of_memory",
     "line",
     "matmul_precision",
@@ -231,6 +233,17 @@ def copy_bandwidth(device: torch.device | str = "cpu", repeats: int = 5) -> floa
     return 2 * COPIED_BYTES / measure({"copy": lambda: target.copy_(source)}, repeats=repeats)["copy"].median_s
 
 
+def host_seconds(call: Callable[[], object], calls: int) -> float:
+    """Returns the seconds that the host takes for a call, of so many that do not wait for the device in between."""
+    _synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    seconds = (time.perf_counter() - begin) / calls
+    _synchronize()
+    return seconds
+
+
 def _seconds(call: Callable[[], object]) -> float:
     _synchronize()
     begin = time.perf_counter()
@@ -356,6 +369,19 @@ class _DeviceMeter:
 
     def peak_extra_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() - self._before
+
+
+def device_peak(call: Callable[[], object]) -> int | None:
+    """Runs a call, and returns its peak of the GPU's memory in bytes over what was there; None where CUDA is unused.
+
+    What the allocator keeps of earlier calls does not count, so that this needs no process of its own.
+    """
+    if not torch.cuda.is_initialized():
+        call()
+        return None
+    meter = _DeviceMeter()
+    call()
+    return meter.peak_extra_bytes()
 
 
 class _ResidentMeter:

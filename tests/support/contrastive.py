@@ -45,14 +45,14 @@ def eager(queries: Tensor, documents: Tensor, scale: float, dtype: torch.dtype |
 def autocast_types(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype | None]:
     """Returns a list that grows by autocast's type, or None, with each loss that a backend computes from now on."""
     types: list[torch.dtype | None] = []
-    compute = contrastive.compute
+    compute = contrastive.compute_with_smoothing
 
     def spy(backend: Any, problem: Any, needs: Any) -> Any:
         types.append(problem.autocast)
         return compute(backend, problem, needs)
 
     for module in (contrastive, _traced):  # eager calls, and those in a graph
-        monkeypatch.setattr(module, "compute", spy)
+        monkeypatch.setattr(module, "compute_with_smoothing", spy)
     return types
 
 

@@ -7,7 +7,7 @@ import functools
 import importlib
 
 from sbert_kernels.bench import page
-from sbert_kernels.bench.cases import contrastive, gpu, gradcache, host, objective, ranking, training
+from sbert_kernels.bench.cases import contrastive, gpu, gradcache, host, kernels, objective, ranking, training
 
 # Each subject's cases, with the options of its command line, and what it measures.
 SUBJECTS = {
@@ -17,6 +17,7 @@ SUBJECTS = {
     "training": (training, "whole training steps of a static-embedding model, and what they are made of"),
     "gradcache": (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
     "host": (host, "what a step costs the host of a GPU, without one: time, launches, calls"),
+    "kernels": (kernels, "each kernel of a backend alone, beside the vendor's product or a copy of the same bytes"),
     "gpu": (gpu, "the Triton kernels on one GPU: parity, time, memory and peers"),
 }
 

@@ -1,28 +1,72 @@
-"""The jobs of `bench gpu` in the order in which they run, and the time that there is for them."""
+"""The jobs of `bench gpu` in the order in which they run: what says most in the least time comes first."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sbert_kernels.bench.cases import contrastive, ranking
-from sbert_kernels.bench.cases.contrastive import FOUR_DIRECTIONS, MNR
+from sbert_kernels.bench.cases.contrastive import FOUR_DIRECTIONS, MNR, SYMMETRIC
 
 PARITY_ROWS = 1000  # no multiple of any tile
-NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
 MATRYOSHKA = (768, 512, 256, 128, 64)
+NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
+WAYS = ("sweep", "weigh")  # of making the weights, as the setting "weights" names them
+OURS_COLUMN = {"parity": "ours error"}  # of a row; else it is "ours ms"
+# Seconds that have to be left for a job to begin, where nothing alike has been timed yet.
+LEAST_SECONDS = {
+    "parity": 2.0,
+    "host": 2.0,
+    "contrastive": 5.0,
+    "weights": 4.0,
+    "losses": 4.0,
+    "training": 15.0,
+    "sigmoid": 5.0,
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Describes whole steps of a transformer with random weights: its size, and the gradient cache's mini-batch."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    mini_batch: int
+    pairs: int = 1024
+    max_tokens: int = 256  # of a text
+
+
+BERT_BASE = Training("BERT-base", 768, 12, 12, 64)
+MINILM = Training("MiniLM", 384, 6, 12, 64)
+Case = contrastive.Case | ranking.Case | Training
 
 
 @dataclass(frozen=True)
 class Job:
-    """Describes one row of a report. Without peers it is a short job."""
+    """Describes one row of a report.
 
-    kind: str  # one of KINDS
-    case: contrastive.Case | ranking.Case
-    peers: bool = True
-    mask: bool = False  # every two rows have the same document, which is no negative
+    Attributes:
+        kind: One of KINDS.
+        case: What is computed.
+        peers: Other libraries are timed, too.
+        compiled: Stock under torch.compile is timed, too: compiling it takes as long as many other rows.
+        mask: Every two rows have the same document, which is no negative.
+        autocast: The embeddings are float32 and the loss runs under autocast to bfloat16.
+        way: How the weights are made; None: as the library chooses.
+        peer: The row is about this library alone.
+    """
+
+    kind: str
+    case: Case
+    peers: bool = False
+    compiled: bool = False
+    mask: bool = False
+    autocast: bool = False
+    way: str | None = None
+    peer: str | None = None
 
     @property
     def precision(self) -> str:
@@ -31,30 +75,65 @@ class Job:
 
     @property
     def in_batch(self) -> contrastive.Case:
-        """Returns the case of a job of the in-batch loss; raises TypeError for a ranking loss."""
-        if isinstance(self.case, ranking.Case):
-            raise TypeError(f"case: got the ranking loss {self.name}, wanted an in-batch loss")
+        """Returns the case of a job of the in-batch loss; raises TypeError for another one."""
+        if not isinstance(self.case, contrastive.Case):
+            raise TypeError(f"case: got {self.name}, wanted an in-batch loss")
         return self.case
+
+    @property
+    def rows(self) -> int:
+        """Returns the number of pairs."""
+        case = self.case
+        if isinstance(case, Training):
+            return case.pairs
+        return case.rows if isinstance(case, ranking.Case) else case.batch
+
+    @property
+    def dim(self) -> int:
+        """Returns the number of dimensions of an embedding; 1 where there are none."""
+        return (self.case.hidden if isinstance(self.case, Training) else self.case.dim) or 1
 
     @property
     def columns(self) -> dict[str, Any]:
         """Returns the columns that every row of a report begins with."""
-        rows = self.case.rows if isinstance(self.case, ranking.Case) else self.case.batch
-        return {"case": self.name, "N": rows, "D": self.case.dim, "dtype": self.case.dtype}
+        case = self.case
+        if isinstance(case, Training):
+            return {"case": self.name, "N": case.pairs, "mini-batch": case.mini_batch, "dtype": "autocast bfloat16"}
+        return {"case": self.name, "N": self.rows, "D": case.dim, "dtype": self.dtype}
+
+    @property
+    def dtype(self) -> str:
+        """Returns the type that the products have, which may be another one than the embeddings'."""
+        return "autocast bfloat16" if self.autocast else str(getattr(self.case, "dtype", "float32"))
 
     @property
     def name(self) -> str:
         """Returns the size, the type and the options in one line."""
         case = self.case
+        if isinstance(case, Training):
+            return f"{case.name}, {case.pairs} pairs, mini-batches of {case.mini_batch}"
         if isinstance(case, ranking.Case):
             return f"{'+'.join(case.losses)} {case.size} {case.dtype}"
-        options = [f"{case.negatives} negatives"] if case.negatives else []
-        options += [f"{key} {value}" for key, value in case.options.items() if key != "directions"]
-        options += [f"{case.terms} directions"] if case.terms > 1 else []
+        return f"N={case.batch} D={case.dim} {self.likeness}"
+
+    @property
+    def likeness(self) -> str:
+        """Returns what jobs have in common whose times tell of one another: all but N and D."""
+        case = self.case
+        if isinstance(case, Training):
+            return case.name
+        if isinstance(case, ranking.Case):
+            return f"{'+'.join(case.losses)} {case.dtype}"
+        kind = case.dtype if case.dtype != "float32" else f"float32 {case.precision}"
+        options = [case.loss.removesuffix("EmbedLoss")] if case.guided else []
+        options += [f"{case.negatives} negatives"] if case.negatives else []
+        options += [f"{key} {value}" for key, value in case.options.items() if key not in SYMMETRIC]
+        options += [f"{case.terms} directions"] if case.terms > 1 and not case.guided else []
         options += ["mask"] if self.mask else []
         options += [f"prefixes {','.join(map(str, case.dims))}"] if case.dims else []
-        kind = case.dtype if case.dtype != "float32" else f"float32 {case.precision}"
-        return ", ".join([f"N={case.batch} D={case.dim} {kind}", *options])
+        options += [f"by {self.way}"] if self.way else []
+        options += [f"of {self.peer}"] if self.peer else []
+        return ", ".join([f"{kind} under autocast" if self.autocast else str(kind), *options])
 
 
 def in_batch(rows: int, dim: int, dtype: str = "bfloat16", **values: Any) -> contrastive.Case:
@@ -62,90 +141,110 @@ def in_batch(rows: int, dim: int, dtype: str = "bfloat16", **values: Any) -> con
     return contrastive.Case(MNR, rows, rows, dim=dim, dtype=dtype, **values)
 
 
-OURS_COLUMN = {"parity": "tiled error", "contrastive": "ours ms", "memory": "ours MiB", "losses": "ours ms"}
-# Seconds that have to be left for a job to begin: what it may take, so that the last one ends in time.
-LEAST_SECONDS = {"parity": 5.0, "contrastive": 20.0, "memory": 30.0, "losses": 10.0}
+def gist(rows: int, dim: int, dtype: str = "bfloat16") -> contrastive.Case:
+    """Returns a case of the in-batch loss with a guide."""
+    return contrastive.Case("GISTEmbedLoss", rows, rows, dim=dim, dtype=dtype, scale=100.0, terms=3)
 
 
-def plan(quick: bool = False) -> list[Job]:
-    """Returns the jobs, the most important first."""
-    float32 = {"dtype": "float32"}
-    parity = [
-        Job("parity", in_batch(PARITY_ROWS, 384, **kind, **options), mask=mask)
-        for kind in ({}, float32, {**float32, "precision": "high"})
-        for options, mask in (
-            ({}, False),
-            ({"negatives": 3}, False),
-            ({"options": {"directions": FOUR_DIRECTIONS}, "terms": 4}, False),
-            ({"options": {"scale": 100.0}, "scale": 100.0}, False),
-            ({}, True),
-            ({"dims": (384, 128, 64)}, False),
-        )
-        if kind.get("precision") != "high" or not (options or mask)
-    ]
-    parity += [
-        Job("parity", ranking.Case((loss,), PARITY_ROWS, dtype=dtype))
-        for dtype in ("bfloat16", "float32")
-        for loss in (ranking.COSENT, ranking.ANGLE)
-    ]
+def symmetric(rows: int, dim: int, dtype: str = "bfloat16") -> contrastive.Case:
+    """Returns a case of the in-batch loss in both directions."""
+    return in_batch(rows, dim, dtype, options=SYMMETRIC, terms=2)
+
+
+FLOAT32: dict[str, Any] = {"dtype": "float32"}
+HIGH: dict[str, Any] = {**FLOAT32, "precision": "high"}
+SCALE_100: dict[str, Any] = {"options": {"scale": 100.0}, "scale": 100.0}
+FOUR: dict[str, Any] = {"options": {"directions": FOUR_DIRECTIONS}, "terms": 4}
+
+
+def plan(peers: Sequence[str] = (), quick: bool = False) -> list[Job]:
+    """Returns the jobs, those first that say most in the least time. ``peers``: the names of the other libraries."""
+    main = [Job("contrastive", in_batch(rows, 768), peers=True) for rows in (1024, 4096, 16384, 65536)]
+    first = [*_main_parity(), *(Job("host", in_batch(rows, 768)) for rows in (64, 256, 1024, 4096))]
+    # Of the first size that they are timed at, so that their kernels are compiled once.
+    checks = [Job("parity", in_batch(1024, 768), peer=peer) for peer in peers]
     if quick:
-        return [*parity, *(Job("contrastive", in_batch(rows, 768)) for rows in (65536, 4096))]
+        return [*first, *checks, *main]
 
-    def matryoshka(rows: int) -> Job:
-        return Job("losses", in_batch(rows, MATRYOSHKA[0], dims=MATRYOSHKA))
+    def timed(rows: int, dim: int = 768, peers: bool = False, autocast: bool = False, **values: Any) -> Job:
+        return Job("contrastive", in_batch(rows, dim, **values), peers=peers, autocast=autocast)
 
-    def pairs(loss: str, rows: int, dim: int | None = 384) -> Job:
-        return Job("losses", ranking.Case((loss,), rows, dim=dim))
+    def loss(case: Case, peers: bool = False) -> Job:
+        return Job("losses", case, peers=peers)
 
-    high = {**float32, "precision": "high"}
+    def pairs(rows: int, dtype: str = "bfloat16") -> list[Job]:
+        return [loss(ranking.Case((name,), rows, dim=768, dtype=dtype)) for name in (ranking.COSENT, ranking.ANGLE)]
+
+    matryoshka = {rows: loss(in_batch(rows, MATRYOSHKA[0], dims=MATRYOSHKA), peers=True) for rows in (16384, 65536)}
     return [
-        *parity,
-        Job("contrastive", in_batch(65536, 768)),
-        Job("memory", in_batch(65536, 768)),
-        Job("contrastive", in_batch(262144, 768)),
-        *(Job("contrastive", in_batch(rows, 768)) for rows in (16384, 4096)),
-        Job("contrastive", in_batch(1024, 768), peers=False),
-        matryoshka(16384),
-        *(pairs(loss, 8192) for loss in (ranking.COSENT, ranking.ANGLE)),
-        Job("memory", in_batch(262144, 768)),
-        *(Job("contrastive", in_batch(rows, dim)) for dim in (384, 1024) for rows in (65536, 16384, 4096)),
-        *(pairs(loss, rows) for rows in (65536, 1024) for loss in (ranking.COSENT, ranking.ANGLE)),
-        *(pairs(ranking.COSENT, rows, None) for rows in (1024, 8192, 65536, 1048576)),
-        matryoshka(65536),
-        *(Job("contrastive", in_batch(rows, 768, **high)) for rows in (16384, 4096)),
-        *(Job("contrastive", in_batch(rows, 768, **float32)) for rows in (16384, 4096)),
-        *(Job("memory", in_batch(rows, 768)) for rows in (16384, 4096)),
-        *(Job("contrastive", in_batch(262144, dim), peers=False) for dim in (384, 1024)),
-        *(Job("contrastive", in_batch(1024, 768, **kind), peers=False) for kind in (high, float32)),
-        *(Job("contrastive", in_batch(rows, dim, **high)) for dim in (384, 1024) for rows in (16384, 4096)),
-        *(Job("contrastive", in_batch(rows, dim, **float32)) for dim in (384, 1024) for rows in (16384, 4096)),
-        *(Job("contrastive", in_batch(65536, dim, **high)) for dim in (768, 384, 1024)),
-        *(Job("contrastive", in_batch(262144, dim, **high), peers=False) for dim in (768, 384, 1024)),
+        *first,
+        *checks,
+        *main,
+        *(timed(16384, **kind) for kind in (FLOAT32, HIGH, {"dtype": "float16"})),
+        timed(16384, autocast=True, **FLOAT32),
+        *_weights(),
+        *pairs(8192),
+        loss(symmetric(16384, 768), peers=True),
+        loss(gist(4096, 768)),
+        matryoshka[16384],
+        *(Job("training", model) for model in (MINILM, BERT_BASE)),
+        timed(262144, peers=True),
+        *(Job("contrastive", in_batch(rows, 768), compiled=True) for rows in (8192, 32768)),
+        *(timed(rows, 384, peers=True) for rows in (1024, 4096, 16384, 65536, 262144)),
+        *(timed(rows, autocast=True, **FLOAT32) for rows in (1024, 65536)),
+        *pairs(256),
+        *pairs(65536),
+        *pairs(65536, "float32"),
+        *(Job("training", replace(model, mini_batch=size)) for size in (256, 16) for model in (MINILM, BERT_BASE)),
+        Job("sigmoid", in_batch(16384, 768)),
+        *(loss(case) for case in (symmetric(65536, 768), gist(16384, 768))),
+        matryoshka[65536],
+        *(timed(rows, **kind) for kind in (HIGH, {"dtype": "float16"}, FLOAT32) for rows in (1024, 4096)),
+        *_more_parity(),
+        *(timed(65536, **kind) for kind in ({"dtype": "float16"}, HIGH, FLOAT32)),
+        Job("sigmoid", in_batch(65536, 768)),
     ]
 
 
-class Budget:
-    """Counts seconds from now on; `clock` is read for the time."""
+def _main_parity() -> list[Job]:
+    """Returns the parity jobs of the most usual losses."""
+    rows, dim = PARITY_ROWS, 384
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._end = clock, clock() + seconds
+    def parity(case: Case, **values: Any) -> Job:
+        return Job("parity", case, **values)
 
-    def left(self) -> float:
-        """Returns the seconds that are left; negative ones if none are."""
-        return self._end - self._clock()
+    return [
+        parity(in_batch(rows, dim)),
+        parity(in_batch(rows, dim, **FLOAT32)),
+        parity(in_batch(rows, dim, **HIGH)),
+        parity(in_batch(rows, dim, dtype="float16")),
+        parity(in_batch(rows, dim, **FLOAT32), autocast=True),
+        parity(in_batch(rows, dim, **SCALE_100)),
+        parity(symmetric(rows, dim)),
+        parity(gist(rows, dim)),
+        parity(in_batch(rows, dim, dims=(384, 128, 64))),
+        *(parity(ranking.Case((loss,), rows, dtype="bfloat16")) for loss in (ranking.COSENT, ranking.ANGLE)),
+    ]
 
 
-class Pace:
-    """Foresees how long calls take from calls of other sizes: time grows with the square of N."""
+def _more_parity() -> list[Job]:
+    """Returns the parity jobs of options, of both ways of making the weights, and of other types."""
+    rows, dim = PARITY_ROWS, 384
+    kinds: tuple[dict[str, Any], ...] = ({}, FLOAT32)
+    jobs = [Job("parity", in_batch(rows, dim, **kind), way=way) for kind in kinds for way in WAYS]
+    for kind in kinds:
+        jobs += [Job("parity", in_batch(rows, dim, **kind, **options)) for options in ({"negatives": 3}, FOUR)]
+        jobs.append(Job("parity", in_batch(rows, dim, **kind), mask=True))
+    jobs += [Job("parity", in_batch(rows, dim, **FLOAT32, **more)) for more in (SCALE_100, {"dims": (384, 128, 64)})]
+    jobs += [Job("parity", case) for case in (symmetric(rows, dim, "float32"), gist(rows, dim, "float32"))]
+    jobs += [Job("parity", in_batch(rows, dim, **HIGH, negatives=3))]
+    jobs += [Job("parity", ranking.Case((loss,), rows)) for loss in (ranking.COSENT, ranking.ANGLE)]
+    return jobs
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[Any, ...], tuple[int, float]] = {}
 
-    def note(self, name: str, case: contrastive.Case, seconds: float) -> None:
-        """Remembers how long a contender took for a case."""
-        self._seen[name, case.dim, case.dtype, case.precision] = case.batch, seconds
-
-    def seconds(self, name: str, case: contrastive.Case) -> float:
-        """Returns what a call should take; 0 where nothing alike has been seen."""
-        rows, seconds = self._seen.get((name, case.dim, case.dtype, case.precision), (case.batch, 0.0))
-        return seconds * (case.batch / rows) ** 2
+def _weights() -> list[Job]:
+    """Returns the jobs that compare the two ways of making the weights."""
+    kinds: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, FLOAT32, {"dtype": "bfloat16", **SCALE_100})
+    jobs = [Job("weights", in_batch(rows, 768, **kind)) for rows in (16384, 4096) for kind in kinds]
+    jobs += [Job("weights", in_batch(65536, dim)) for dim in (768, 384)]
+    return jobs

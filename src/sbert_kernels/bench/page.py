@@ -27,7 +27,7 @@ which ours is slower are shown like all others.
 
 * Contenders are timed in one process, in turn (A B A B ...), after their losses and gradients were found equal. A time
   is the median of the rounds.
-* Peak memory is what a process of its own takes on top of its inputs; gradients are included.
+* Peak memory is what a process of its own takes on top of its inputs, or on a GPU a call; gradients are included.
 * "Stock" is sentence-transformers, "torch.compile" is stock compiled.
 * The limit beside a time is the time of work that cannot be avoided; the text above each table says which work that is.
 

@@ -9,6 +9,8 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from sentence_transformers import util
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -42,12 +44,49 @@ class Embedded(nn.Sequential):
         return {"sentence_embedding": features[self.key]}
 
 
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the cosines (N, M) of rows."""
+    return torch.mm(F.normalize(a, dim=-1), F.normalize(b, dim=-1).T)
+
+
+def _pair_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the cosines (N,) of pairs of rows."""
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
+
+
+def without_to_dense(loss: nn.Module) -> nn.Module:
+    """Replaces stock's cosines in a loss by the same cosines of dense embeddings, and returns the loss.
+
+    Stock's end in `Tensor.to_dense`, which does nothing to a dense tensor, but under torch.compile of torch 2.11 its
+    result has no gradient: "element 0 of tensors does not require grad". torch 2.13 is right again.
+    """
+    for module in loss.modules():
+        stock = getattr(module, "similarity_fct", None)
+        if stock not in (util.cos_sim, util.pairwise_cos_sim):
+            continue
+        half = torch.ones(1, 1, dtype=torch.bfloat16)
+        dense = _cosines if stock is util.cos_sim else _pair_cosines
+        widens = stock(half, half).dtype == torch.float32  # some versions of stock multiply half precision in float32
+        setattr(module, "similarity_fct", _widened(dense) if widens else dense)  # noqa: B010 - not of nn.Module
+    return loss
+
+
+def _widened(similarity: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a similarity of embeddings that are brought to float32 first, unless they are wider."""
+
+    def of_wide(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (a, b))
+        return similarity(a, b)
+
+    return of_wide
+
+
 def compiled(
     loss: nn.Module, make_step: Callable[[nn.Module], Callable[[], Tensor]]
 ) -> tuple[Callable[[], Tensor] | None, str | None]:
-    """Returns the step of the loss under torch.compile, compiled already; or None and why there is none."""
+    """Returns the step of stock's loss under torch.compile, compiled already; or None and why there is none."""
     torch.compiler.reset()  # or the shapes of an earlier case would make this one's dynamic
-    wrapped = torch.compile(loss)
+    wrapped = torch.compile(without_to_dense(loss))
     assert isinstance(wrapped, nn.Module)
     step = make_step(wrapped)
     try:

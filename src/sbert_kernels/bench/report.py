@@ -20,7 +20,7 @@ from sbert_kernels.workloads.charts import NOTHING, OURS_COLOUR, cell, draw_stac
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PEER_COLOURS = ("#94a3b8", "#475569", "#cbd5e1", "#1e293b", "#64748b")
+_PEER_COLOURS = ("#94a3b8", "#475569", "#cbd5e1", "#1e293b", "#64748b", "#9ca3af", "#374151", "#e2e8f0", "#0f172a")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -40,7 +40,7 @@ def _times(**limit: str) -> dict[str, str]:
 
 
 _STEP_PARTS = ("tokenize", "encode", "loss", "loss backward", "encoder backward", "optimizer")
-_GPU_PEERS = ("liger-kernel", "cut-cross-entropy", "inf-cl")
+_GPU_PEERS = ("liger-kernel", "cut-cross-entropy", "torch", "memeff", "quack", "inf-cl")
 STUDIES = {
     "training": Study(
         "Whole steps of `SentenceTransformerTrainer` with a static-embedding model, tokenizing included, from the "
@@ -96,6 +96,26 @@ STUDIES = {
             "note": "note",
         },
     ),
+    "kernels": Study(
+        "Each kernel alone, beside the vendor's product of the same shape, or a copy that reads and writes as many "
+        "bytes. The peak of a GPU is its maker's, that of a CPU a large product and a large copy, measured. A kernel "
+        "that multiplies and does more is read against the product alone.",
+        f"{BENCH} kernels",
+        {
+            "kernel": "kernel",
+            "shape": "shape",
+            "dtype": "dtype",
+            "starts": "starts",
+            "ms": "ms",
+            "TFLOP/s": "TFLOP/s",
+            "GB/s": "GB/s",
+            "vendor ms": "vendor ms",
+            "copy ms": "copy ms",
+            "this / other": "this / other",
+            "% of peak": "% of peak",
+            "note": "note",
+        },
+    ),
     "accuracy": Study(
         "Errors against float64, relative: of the loss, of the queries' and of the documents' gradients. Eager "
         "computes in the type of the embeddings. In p = 0.999, a well-trained batch, the gradient is of the size "
@@ -143,15 +163,71 @@ STUDIES = {
         {
             "case": "case",
             "stock MiB": "eager MiB",
+            **{f"{peer} MiB": f"{peer} MiB" for peer in _GPU_PEERS},
             "ours MiB": "ours MiB",
             "limit MiB": "gradients MiB",
             "note": "note",
         },
     ),
     "gpu-losses": Study(
-        "Forward and backward of ranking losses and of Matryoshka, from embeddings to gradients.",
+        "Forward and backward of the symmetric loss, GIST, Matryoshka, CoSENT and AnglE, from embeddings to gradients.",
         f"{BENCH} gpu",
-        {"case": "case", "stock ms": "eager ms", "ours ms": "ours ms", "stock / ours": "eager/ours", "note": "note"},
+        {
+            "case": "case",
+            "stock ms": "eager ms",
+            "memeff ms": "memeff ms",
+            "ours ms": "ours ms",
+            "stock / ours": "eager/ours",
+            "memeff / ours": "memeff/ours",
+            "note": "note",
+        },
+    ),
+    "gpu-host": Study(
+        "What the host takes for forward and backward of the in-batch loss if it waits for nothing, and whole steps "
+        "that wait for the card. At small sizes the host's work is the step.",
+        f"{BENCH} gpu",
+        {
+            "case": "case",
+            "stock, host us": "eager host us",
+            "ours, host us": "ours host us",
+            "stock ms": "eager ms",
+            "ours ms": "ours ms",
+            "stock / ours": "eager/ours",
+        },
+    ),
+    "gpu-weights": Study(
+        "Forward and backward of the in-batch loss with the weights made in both ways: in the kernel that multiplies "
+        "(sweep), or in a pass over the vendor's product (weigh). Ours is the way that the library chooses.",
+        f"{BENCH} gpu",
+        {
+            "case": "case",
+            "sweep ms": "sweep ms",
+            "weigh ms": "weigh ms",
+            "ours ms": "ours ms",
+            "ours / the faster": "ours/faster",
+            "note": "note",
+        },
+    ),
+    "gpu-training": Study(
+        "Whole training steps, without the optimizer, of transformers with random weights through the gradient cache: "
+        "in-batch negatives over docstring pairs, autocast to bfloat16.",
+        f"{BENCH} gpu",
+        {
+            "case": "case",
+            "tokens": "tokens",
+            "stock ms": "eager ms",
+            "ours ms": "ours ms",
+            "stock / ours": "eager/ours",
+            "stock MiB": "eager peak MiB",
+            "ours MiB": "ours peak MiB",
+            "note": "note",
+        },
+    ),
+    "gpu-sigmoid": Study(
+        "Forward and backward of siglip-kernel's sigmoid loss beside our softmax of the same shape. They are different "
+        "losses that need the same three products.",
+        f"{BENCH} gpu",
+        {"case": "case", "siglip-kernel (sigmoid) ms": "siglip-kernel ms", "ours (softmax) ms": "ours ms"},
     ),
     "gpu-steps": Study(
         "Whole steps of ours on the clock of the host, and their kernels alone. At small sizes the host's work "
