@@ -90,7 +90,6 @@ class Case:
     """Describes a problem that dispatch may meet."""
 
     name: str
-    strategies: tuple[str, ...] = ("tiled", "chunked")
     negatives: int = 0
     gradients: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -99,8 +98,9 @@ class Case:
 FOUR = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 CASES = (
     Case("plain"),
-    Case("no gradient", ("tiled",), gradients=False),
-    Case("online", options={"scale": 100.0}),
+    Case("no gradient", gradients=False),
+    Case("done again", options={"scale": 100.0}),
+    Case("online", options={"scale": 200.0}),
     Case("negatives", negatives=3),
     Case("four directions", negatives=1, options={"directions": FOUR}),
     Case("hardness", negatives=2, options={"hardness_mode": "in_batch_negatives", "hardness_strength": 3.0}),
@@ -110,7 +110,7 @@ CASES = (
     Case("learnable scale", options={"scale": None}),
     Case("matryoshka", options={"matryoshka": True}),
 )
-QUICK = ("plain", "online", "no gradient")
+QUICK = ("plain", "done again", "online", "no gradient")
 # Of the other products of float32, those with the largest kernels.
 OPTIONS = ("positive", "guide", "matryoshka")
 
@@ -224,17 +224,17 @@ def launches_of(target: str, quick: bool) -> Iterator[tuple[str, Any]]:
             for case in CASES:
                 if case.name not in QUICK and (quick or dim != 384 or (products and case.name not in OPTIONS)):
                     continue
-                for strategy in case.strategies:
+                for way in settings.WEIGHTS:
                     problem = problem_of(case, dtype, dim)
                     learns = problem.scale.tensor is not None
                     needs = Needs(True, True, False, learns) if case.gradients else Needs()
                     with (
-                        settings.override(strategy=strategy, matmul=products),
+                        settings.override(weights=way, matmul=products),
                         launching.recording(launching.Target(*TARGETS[target])) as launches,
                     ):
                         contrastive.contrastive(problem, needs)
                     for launch in launches:
-                        yield from _once(seen, f"{case.name}, {kind}, D={dim}, {strategy}", launch)
+                        yield from _once(seen, f"{case.name}, {kind}, D={dim}, {way}", launch)
     yield from _others(seen, target, quick)
 
 
@@ -350,15 +350,11 @@ def compiled(target: str, serves: str, launch: Any) -> Compiled:
 def _work_of_a_tile(launch: Any) -> dict[str, float]:
     if "PRECISION" not in launch.constants:
         return {"tile_flops": 0.0, "tile_bytes": 0.0}
-    arguments = launch.arguments
     a, b = launch.config["BLOCK_A"], launch.config["BLOCK_B"]
-    d = launch.constants["DIMS"][-1]
-    of_gradient = launch.config["BLOCK_S"] if arguments["gradient"] is not None else 0
-    guide = launch.constants["GUIDE_D"]
-    return {
-        "tile_flops": 2.0 * a * b * (d + of_gradient + guide),
-        "tile_bytes": float((a + b) * d + b * of_gradient) * arguments["a"].dtype.itemsize + 4.0 * (a + b) * guide,
-    }
+    # A plain product walks through all of its inner dimension.
+    d = launch.constants["DIMS"][-1] if "DIMS" in launch.constants else launch.arguments["k"]
+    size = launch.constants["OPERAND"].primitive_bitwidth // 8
+    return {"tile_flops": 2.0 * a * b * d, "tile_bytes": float((a + b) * d * size)}
 
 
 def _products(constants: dict[str, Any]) -> str:
@@ -452,11 +448,11 @@ def roofline_rows() -> Iterator[dict[str, Any]]:
                     row: dict[str, Any] = {"card": card_name, "products": kind, "N": rows, "D": dim}
                     floor = 6.0 * rows * rows * dim / gpu.peak(kind)
                     row["three products ms"] = floor * 1e3
-                    for strategy in ("tiled", "chunked"):
-                        work = cost_model.accounting(rows, rows, (dim,), size, strategy, fma=kind == "fp32")
+                    for way in settings.WEIGHTS:
+                        work = cost_model.accounting(rows, rows, (dim,), size, way)
                         flops = work.sweep_flops + work.vendor_flops
-                        row[f"{strategy} roofline ms"] = 1e3 * max(flops / gpu.peak(kind), work.bytes / gpu.bandwidth)
-                        row[f"{strategy} expected ms"] = 1e3 * work.seconds(gpu, kind)
+                        row[f"{way} roofline ms"] = 1e3 * max(flops / gpu.peak(kind), work.bytes / gpu.bandwidth)
+                        row[f"{way} expected ms"] = 1e3 * work.seconds(gpu, kind)
                     yield row
 
 

@@ -14,8 +14,8 @@ BEFORE = """<!-- Written by docs/generate.py from src/sbert_kernels/settings.py:
 # Settings
 
 All settings are environment variables. They are read at each call, so a script can change its mind between two steps.
-A value that cannot be read raises an error that names the variable; one line in the log names a variable that is
-misspelt.
+A value that cannot be read raises an error that names the variable, where the setting is needed; one line in the log
+names a variable that is misspelt.
 
 | variable | default | meaning |
 |---|---|---|

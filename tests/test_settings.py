@@ -26,7 +26,7 @@ def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SBERT_KERNELS_DISABLE", "maybe", "disable", "1 or 0"),
         ("SBERT_KERNELS_BLOCK_BYTES", "64MiB", "block_bytes", "a positive integer, a number of bytes"),
         ("SBERT_KERNELS_BLOCK_BYTES", "0", "block_bytes", "a positive integer, a number of bytes"),
-        ("SBERT_KERNELS_STRATEGY", "untiled", "strategy", "one of ['tiled', 'chunked']"),
+        ("SBERT_KERNELS_WEIGHTS", "sweeps", "weights", "one of ['sweep', 'weigh']"),
         (
             "SBERT_KERNELS_MATMUL",
             "tf16",
@@ -96,7 +96,7 @@ def test_unknown_settings_are_refused() -> None:
 @pytest.mark.parametrize(
     ("variable", "name", "values"),
     [
-        ("SBERT_KERNELS_STRATEGY", "strategy", settings.STRATEGIES),
+        ("SBERT_KERNELS_WEIGHTS", "weights", settings.WEIGHTS),
         ("SBERT_KERNELS_MATMUL", "matmul", settings.MATMUL_PRECISIONS),
     ],
 )

@@ -53,7 +53,11 @@ def _info(_: argparse.Namespace) -> int:
             _print_choice(operation, device, "" if len(devices) == 1 else f" on {device}")
     print("\nsettings")
     for name, variable in settings.VARIABLES.items():
-        print(f"  {variable.environment} = {settings.get(name)}: {variable.meaning}")
+        try:
+            value = settings.get(name)
+        except ValueError as error:  # the reason why somebody looks here
+            value = f"({error})"
+        print(f"  {variable.environment} = {value}: {variable.meaning}")
     return 0
 
 

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from .values import float32_matmul_precision
+
 __all__ = [
     "MIB",
     "OUT_OF_MEMORY",
@@ -73,7 +75,7 @@ def facts() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("sbert-kernels", "torch", "sentence-transformers", "triton")},
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_matmul_precision("cuda" if torch.cuda.is_available() else "cpu"),
     }
 
 

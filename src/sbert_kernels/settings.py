@@ -49,7 +49,7 @@ def _parse_name(text: str) -> str | None:
 
 
 MATMUL_PRECISIONS = ("float32", "tf32", "tf32x3", "bfloat16x3", "bfloat16")
-STRATEGIES = ("tiled", "chunked")
+WEIGHTS = ("sweep", "weigh")
 
 
 def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str | None]:
@@ -94,8 +94,8 @@ VARIABLES: dict[str, Variable] = {
         "SBERT_KERNELS_BLOCK_BYTES",
         None,
         _parse_bytes,
-        "The most bytes of similarity matrices in memory at a time; unset is 64 MiB, or 512 MiB for the Triton kernels "
-        "(less is taken if more would gain nothing).",
+        "The most bytes of similarity matrices in memory at a time; unset is 64 MiB, or for the Triton kernels 512 MiB "
+        "and, where 4096 rows need more, up to a sixteenth of the GPU's memory.",
     ),
     "compile": Variable(
         "SBERT_KERNELS_COMPILE", True, _parse_flag, "0 forbids compiling the CPU kernels on first use."
@@ -115,20 +115,25 @@ VARIABLES: dict[str, Variable] = {
         "outside of it torch.set_float32_matmul_precision().",
         former="SBERT_KERNELS_PRODUCTS",
     ),
-    "strategy": Variable(
-        "SBERT_KERNELS_STRATEGY",
+    "weights": Variable(
+        "SBERT_KERNELS_WEIGHTS",
         None,
-        _one_of(STRATEGIES),
-        "How the Triton kernels compute in-batch losses: tiled or chunked; unset takes the one that should be faster.",
+        _one_of(WEIGHTS),
+        "How the Triton kernels make softmax weights: sweep (one kernel multiplies and weighs) or weigh (a kernel "
+        "weighs what the vendor's product wrote); unset takes the one that should be faster.",
     ),
     "autotune": Variable(
         "SBERT_KERNELS_AUTOTUNE",
         False,
         _parse_flag,
-        "1 times the strategies and tile sizes of the Triton kernels at the first call of each kind and size.",
+        "1 times the ways and tile sizes of the Triton kernels at the first call of each kind and size.",
     ),
 }
 
+# What takes the place of variables that are gone.
+REMOVED = {
+    "SBERT_KERNELS_STRATEGY": "it is gone with the strategies; SBERT_KERNELS_WEIGHTS chooses how weights are made.",
+}
 # Read by setup.py alone.
 OTHER_VARIABLES = ("SBERT_KERNELS_BUILD",)
 
@@ -186,8 +191,11 @@ def _look_for_misspelt() -> None:
     for name in os.environ:
         plain = name.upper().replace("-", "_")
         if name not in known and name not in former and plain.startswith(("SBERT_KERNEL", "SBERTKERNEL")):
-            closest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
-            log_once(logger, f"The environment variable {name} has no meaning to sbert-kernels: is it {closest}?")
+            closest = difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
+            hint = REMOVED.get(name) or (
+                f"is it {closest[0]}?" if closest else "`python -m sbert_kernels info` lists all."
+            )
+            log_once(logger, f"The environment variable {name} has no meaning to sbert-kernels: {hint}")
 
 
 def block_bytes(usual: int = 64 * MIB) -> int:

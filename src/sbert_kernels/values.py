@@ -58,6 +58,19 @@ def autocast_type(device: torch.device) -> str | None:
     return _AUTOCAST_TYPES.get(torch.get_autocast_dtype(device.type))
 
 
+def float32_matmul_precision(device_type: str) -> str:
+    """Returns what torch's products of float32 do now on a type of device: "highest", "high" or "medium".
+
+    That is `torch.get_float32_matmul_precision()`, which raises an error once the newer names in `torch.backends` were
+    used: those are looked at then.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+        return {"tf32": "high", "bf16": "medium"}.get(backend.matmul.fp32_precision, "highest")
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Returns a context that switches autocast off on a type of device, if it is on ("meta" has none)."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):

@@ -6,13 +6,14 @@ A row needs one if all its logits lie far below the bound: its candidates all po
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sbert_kernels import contrastive_loss
+from sbert_kernels import contrastive_loss, settings
 from support.contrastive import eager
 from support.contrastive import loss_and_gradients as of_pairs
 from support.problems import DIRECTIONS, loss_and_gradients
@@ -20,11 +21,18 @@ from support.problems import DIRECTIONS, loss_and_gradients
 ROWS, DIM = 40, 32
 
 
-@pytest.fixture(params=["blockwise", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["blockwise", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cpu":
         request.getfixturevalue("compiled")
-    return request.param
+    if request.param != "triton":
+        yield request.param
+        return
+    request.getfixturevalue("interpreted")
+    with settings.override(
+        weights="sweep"
+    ):  # the way that subtracts one constant; the other one has each row's maximum
+        yield "triton"
 
 
 def vectors(rows: int = ROWS, seed: int = 0) -> Tensor:
@@ -50,7 +58,8 @@ def pairs(kind: str, rows: int = ROWS) -> tuple[Tensor, Tensor]:
 def test_errors_are_at_most_twice_eagers_at_every_scale(backend: str, kind: str, dtype: torch.dtype) -> None:
     """And a loss that needs no gradient is the same number."""
     queries, documents = (x.to(dtype) for x in pairs(kind))
-    for scale in (20.0, 50.0, 53.5, 70.0, 100.0, 100.1, 1000.0):
+    # Interpreted, the two that may take the second pass; the others are in the kernels' own tests.
+    for scale in (53.5, 100.0) if backend == "triton" else (20.0, 50.0, 53.5, 70.0, 100.0, 101.1, 1000.0):
         exact = of_pairs(queries, documents, "reference", torch.float64, scale=scale)
         ours = of_pairs(queries, documents, backend, scale=scale)
         rounding = 2.0**-24 * scale if dtype == torch.float32 else 2.0**-8
@@ -58,7 +67,9 @@ def test_errors_are_at_most_twice_eagers_at_every_scale(backend: str, kind: str,
             # float64, too, has no digits left of a loss below 1e-9 or so.
             limit = 2 * (other - wanted).norm() + rounding * max(wanted.norm().item(), 1e-9)
             assert (value - wanted).norm() <= limit, scale
-        assert contrastive_loss(queries, documents, scale=scale, backend=backend).item() == ours[0].item()
+        alone = contrastive_loss(queries, documents, scale=scale, backend=backend).item()
+        # Without weights to write, Triton finds each row's maximum.
+        assert alone == (pytest.approx(ours[0].item(), rel=1e-5) if backend == "triton" else ours[0].item())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_every_option_where_rows_need_their_own_shift(backend: str, options: dic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["parallel", "opposite"])
 def test_tiny_norms(backend: str, kind: str, dtype: torch.dtype) -> None:
-    """Their inverses, up to 1e12, never meet the exponentials, up to exp(70), in one number."""
+    """Their inverses, up to 1e12, never meet the exponentials, up to exp(60), in one number past float32's range."""
     sizes = torch.tensor([1.0, 1e-6, 1e-10, 1e-30, 0.0]).repeat(ROWS // 5)[:, None]
     queries, documents = ((sizes * x).to(dtype) for x in pairs(kind))
     exact = of_pairs(queries, documents, "reference", torch.float64, scale=100.0)
@@ -114,7 +125,7 @@ def test_tiny_norms(backend: str, kind: str, dtype: torch.dtype) -> None:
 
 
 def test_small_weights_of_rows_with_large_sums(backend: str) -> None:
-    """A weight of 1e-12 over a sum of exp(70) is no normal number of float32, and the gradient is one."""
+    """A weight of 1e-12 over a sum of exp(60) is no normal number of float32, and the gradient is one."""
     queries, documents = (20 * vectors(1, 2) + vectors(seed=seed) for seed in (0, 1))
     weights = torch.where(torch.arange(ROWS) % 2 == 0, 1.0, 1e-12)
     problem = {"queries": queries, "documents": [documents], "all_queries": None, "weights": weights, "scale": 100.0}

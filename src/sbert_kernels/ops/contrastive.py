@@ -122,7 +122,7 @@ def contrastive_loss(
 
     Under ``torch.autocast`` the matrix products take autocast's type, as those of ``torch.matmul`` do, whatever type
     the embeddings have (float64 stays, and nothing changes with a guide, as stock's loss has no products there).
-    Logits, softmax, positives, sums and the loss are float32 all the same, and gradients have the embeddings' type.
+    Logits, softmax, sums and the loss are float32 all the same, and gradients have the embeddings' type.
     SBERT_KERNELS_MATMUL, where it is set, wins over autocast. A backend may multiply more exactly than it is asked to.
 
     Args:

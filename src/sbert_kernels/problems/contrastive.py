@@ -35,17 +35,15 @@ DUPLICATES = ("keep", "mask", "positive")
 MARGIN_STRATEGIES = ("absolute", "relative")
 
 # Cosine bounds the logits, so that one constant shift may serve the softmax of every row, without a search for its
-# largest logit. Up to this bound, 1 / 0.01, few rows or none need a shift of their own.
-BOUNDED_LOGIT = 100.0
-# exp(logit - shift) is exp(70) at most: times 2^18 columns 6.6e35, where float32 ends at 3.4e38.
-LARGEST_EXPONENT = 70.0
-MOST_COLUMNS = 2**18  # for more, the exponent is lowered by the logarithm of how many times more
+# largest logit. Up to this bound few rows or none need a shift of their own. It is 1 / 0.01, with room for the rounding
+# of a temperature that is learned as its logarithm.
+BOUNDED_LOGIT = 101.0
+# exp(logit - shift) is exp(60) at most: times 2^40 columns 1e38, and times an inverse norm of 1e12 1e38, where float32
+# ends at 3.4e38.
+LARGEST_EXPONENT = 60.0
 # A row is right if its sum of exp(logit - shift) is exp(-53) at least: what is lost below float32's smallest normal
 # number, exp(-87), is then less than exp(-34) = 2e-15 of the sum for each column.
 LEAST_EXPONENT = -53.0
-
-# Of the Triton backend, which knows no shift: exp(40) * 1e9 columns and exp(-40) are both normal float32 numbers.
-UNSHIFTED_LOGIT = 40.0
 
 
 def check_scale(value: float) -> None:
@@ -262,11 +260,9 @@ class ContrastiveProblem:
     def shift(self) -> float:
         """What is subtracted from every logit of a bounded problem, so that sums of exponentials stay finite.
 
-        In natural units. It allows for one float32 sum over the columns of all terms together.
+        In natural units.
         """
-        columns = sum([term.columns for term in self.terms()])
-        largest = LARGEST_EXPONENT - math.log(max(1.0, columns / MOST_COLUMNS))
-        return max(0.0, self.logit_bound - largest)
+        return max(0.0, self.logit_bound - LARGEST_EXPONENT)
 
     @property
     def sums_may_vanish(self) -> bool:
@@ -276,11 +272,6 @@ class ContrastiveProblem:
         a shift of its own, its largest logit.
         """
         return self.bounded and self.logit_bound + self.shift > -LEAST_EXPONENT
-
-    @property
-    def unshifted(self) -> bool:
-        """True if exp(logit) and its sums stay inside float32; for the Triton backend."""
-        return self.logit_bound <= UNSHIFTED_LOGIT
 
     def terms(self) -> tuple[Term, ...]:
         """Returns the terms, in stock's order of concatenation."""
@@ -299,7 +290,7 @@ class ContrastiveProblem:
     def column_ids(self, term: Term) -> Tensor | None:
         """Returns the ids of a term's columns, (columns,) int64, or None if the term does not look at ids."""
         ids = self.query_ids if term.columns_are_queries else self.document_ids
-        return None if term.duplicates == "keep" or ids is None else ids[: term.columns]
+        return None if term.duplicates == "keep" or ids is None else ids[: term.columns].contiguous()
 
     @property
     def guide_margins(self) -> tuple[float, float]:

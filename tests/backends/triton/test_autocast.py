@@ -23,7 +23,7 @@ PLAIN, MATRYOSHKA = (next(case for case in aot.CASES if case.name == name) for n
 
 
 def plan_of(case: aot.Case, dtype: torch.dtype, autocast: str | None, target: str) -> Any:
-    from sbert_kernels.backends.triton.contrastive.plan import make_plan
+    from sbert_kernels.backends.triton.contrastive.planner import make_plan
 
     problem = aot.problem_of(case, dtype, 384, rows=1000)
     problem = replace(problem, spec=replace(problem.spec, autocast=autocast))

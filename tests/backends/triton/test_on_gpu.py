@@ -50,9 +50,9 @@ def _served() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=settings.STRATEGIES)
-def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
-    with settings.override(strategy=request.param):
+@pytest.fixture(params=settings.WEIGHTS)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    with settings.override(weights=request.param):
         yield request.param
 
 
@@ -129,34 +129,34 @@ def problem_scale(problem: dict[str, Any]) -> float:
     return float(problem.get("scale", 20.0)) + problem.get("hardness_strength", 0.0)
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_equals_the_reference(option: str) -> None:
     check_parity(problem_of(option), "bfloat16", "highest")
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("option", ["plain", "directions", "positive", "matryoshka"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] != "bfloat16"], ids="-".join)
 def test_every_product_equals_the_reference(kind: tuple[str, str], option: str) -> None:
     check_parity(problem_of(option), *kind)
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dim", [1, 16, 384, 768, 1024])
 def test_every_dimension_equals_the_reference(dim: int) -> None:
     option = "dot" if dim == 1 else "plain"  # the gradient of a cosine of numbers is zero
     check_parity(problem_of(option, dim=dim), "bfloat16", "highest")
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows", [1, 2, 31, 4096])
 def test_every_number_of_rows_equals_the_reference(rows: int) -> None:
     option = "negatives" if rows == 1 else "plain"  # or its loss is zero
     check_parity(problem_of(option, rows=rows, dim=64), "bfloat16", "highest")
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", ["rows far apart", "shifted", "transposed", "every second entry"])
 def test_inputs_in_any_layout(layout: str) -> None:
     """Pointers that are not aligned, strides that are no multiple of a line, entries that do not follow each other."""
@@ -182,7 +182,7 @@ def test_inputs_in_any_layout(layout: str) -> None:
     assert relative_errors(ours, loss_and_gradients("reference", plain, torch.float64)).max() < 0.02
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scale", [20.0, 100.0, 1000.0])
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(kind: tuple[str, str], scale: float) -> None:
@@ -199,7 +199,7 @@ def test_errors_are_at_most_twice_those_of_eager_in_the_same_type(kind: tuple[st
     assert (ours <= 2 * theirs + torch.finfo(torch.float32).eps).all(), (ours, theirs)
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 def test_the_gradient_of_a_well_trained_batch_is_right_within_a_percent() -> None:
     """p = 0.999 of the positive: the gradient is of the size of a bfloat16 rounding of it."""
     problem = batch(ROWS, 384, 20.0, seed=0, known=math.log(999))
@@ -276,7 +276,7 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", STEPS)
 def test_the_same_bits_each_time(name: str) -> None:
     step = steps()[name]
@@ -293,7 +293,7 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", STEPS)
 def test_nothing_waits_for_the_device(name: str) -> None:
     step = steps()[name]
@@ -303,7 +303,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     assert equal(found, expected)
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", STEPS)
 def test_a_cuda_graph_replays_what_eager_computes(name: str) -> None:
     function, inputs = steps()[name]
@@ -326,7 +326,7 @@ def test_a_cuda_graph_replays_what_eager_computes(name: str) -> None:
     assert not equal(input_gradients(function, inputs), input_gradients(function, others))
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", STEPS)
 def test_kernels_run_in_the_current_stream(name: str) -> None:
     """Where their inputs are made, after a product that takes a while; in any other they would read zeros."""
@@ -367,7 +367,7 @@ def test_a_compiled_step_computes_the_same(name: str) -> None:
     assert relative_errors(found, wanted).max() < 1e-5
 
 
-def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
+def test_memory_is_that_of_gradients_and_one_chunk(way: str) -> None:
     """2 GiB would be one bfloat16 matrix of similarities; eager torch holds several."""
     n, dim = 32768, 768
     inputs = [torch.randn(n, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
@@ -378,8 +378,8 @@ def test_memory_is_that_of_gradients_and_one_chunk(strategy: str) -> None:
     before = torch.cuda.memory_allocated()
     input_gradients(function, inputs)
     torch.cuda.synchronize()
-    # Both gradients in float32, what a chunk or a sweep adds to them, both again in bfloat16; a chunk's weights.
-    limit = 6 * n * dim * 4 + (512 * MIB if strategy == "chunked" else 0)
+    # Both gradients in float32, what a chunk adds to them, both again in bfloat16; a chunk's weights.
+    limit = 6 * n * dim * 4 + 512 * MIB
     assert torch.cuda.max_memory_allocated() - before < limit < 2 * n * n
 
 
@@ -394,7 +394,7 @@ def test_errors_under_autocast_are_at_most_twice_those_of_stock_under_it(
         assert errors[f"ours {quantity}"] <= 2 * errors[f"stock {quantity}"], errors
 
 
-@pytest.mark.usefixtures("strategy")
+@pytest.mark.usefixtures("way")
 def test_more_entries_than_a_32_bit_index_counts() -> None:
     """65536^2 > 2^31: the first and the last rows of each gradient, against torch ops on blocks of rows."""
     problem = batch(65536, 64, 20.0, seed=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import itertools
+import math
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from benchmarks import aot
 from sbert_kernels import settings
 from sbert_kernels.backends.triton.targets import BY_NAME, Target
 from sbert_kernels.problems.contrastive import Needs
+from sbert_kernels.problems.scale import Scale
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -33,7 +36,7 @@ def needs_of(case: aot.Case) -> Needs:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_is_hashable_and_without_tensors(name: str) -> None:
-    from sbert_kernels.backends.triton.contrastive.plan import make_plan
+    from sbert_kernels.backends.triton.contrastive.planner import make_plan
 
     first, second = (
         make_plan(aot.problem_of(CASES[name], torch.bfloat16, 384, rows=1000), needs_of(CASES[name]), H100)
@@ -49,27 +52,46 @@ def test_a_plan_is_hashable_and_without_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_running_a_plan_reads_no_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sbert_kernels.backends.triton import launching
-    from sbert_kernels.backends.triton.contrastive.plan import make_plan
-    from sbert_kernels.backends.triton.contrastive.run import run
+    from sbert_kernels.backends.triton.contrastive.planner import make_plan
+    from sbert_kernels.backends.triton.contrastive.run import Program
 
     problem = aot.problem_of(CASES[name], torch.bfloat16, 384, rows=1000)
     with settings.override(block_bytes=settings.MIB):
         plan = make_plan(problem, needs_of(CASES[name]), H100)
     monkeypatch.setattr(settings, "get", lambda name: pytest.fail(f"{name} is read"))
     with launching.recording(H100) as launches:
-        run(plan, problem)
-    sweeps = [launch for launch in launches if launch.kernel.__name__ == "sweep"]
-    planned = [
-        sweep
-        for softmax in plan.softmaxes
-        for sweep in (*softmax.statistics, *(sweep for chunk in softmax.chunks for sweep in chunk.sweeps))
-    ]
-    assert [(launch.grid, launch.config) for launch in sweeps] == [(sweep.grid, sweep.config) for sweep in planned]
+        Program(plan).run(problem)
+    chunks = [chunk for softmax in plan.softmaxes for chunk in softmax.chunks]
+    passes = [launch for launch in launches if launch.kernel.__name__ == plan.way]
+    planned = [part for chunk in chunks for part in (*chunk.sweeps, *chunk.weights)]
+    assert [(launch.grid, launch.config) for launch in passes] == [(part.grid, part.config) for part in planned]
+    redone = [launch.grid for launch in launches if launch.kernel.__name__ == "redo"]
+    assert redone == [part.grid for chunk in chunks for part in chunk.redo]
     assert len(planned) > (1 if CASES[name].gradients else 0)
 
 
+def test_a_plan_is_made_once_for_calls_of_a_kind() -> None:
+    """Another scale is the same kind, unless it asks for other kernels; another layout or setting is another one."""
+    from sbert_kernels.backends.triton import contrastive, launching
+
+    def programs(**changes: Any) -> int:
+        problem = replace(aot.problem_of(CASES["plain"], torch.bfloat16, 384, rows=1000), **changes)
+        with launching.recording(H100):
+            contrastive.contrastive(problem, Needs(True, True))
+        return len(contrastive._programs)
+
+    contrastive._programs.clear()
+    assert [programs(), programs(), programs(scale=Scale(30.0))] == [1, 1, 1]
+    assert programs(scale=Scale(100.0)) == 2  # rows may have to be done again
+    assert programs(scale=Scale(torch.empty((), device="meta"))) == 3  # nothing bounds it
+    assert programs(queries=torch.empty(1000, 400, dtype=torch.bfloat16, device="meta")[:, :384]) == 4
+    with settings.override(block_bytes=settings.MIB):
+        assert programs() == 5
+    assert programs() == 5
+
+
 def test_chunks_cover_all_rows_once_and_fit_into_their_memory() -> None:
-    from sbert_kernels.backends.triton.contrastive.plan import make_plan
+    from sbert_kernels.backends.triton.contrastive.planner import make_plan
 
     problem = aot.problem_of(CASES["four directions"], torch.bfloat16, 64, rows=1000)
     with settings.override(block_bytes=4 * settings.MIB):
@@ -77,9 +99,45 @@ def test_chunks_cover_all_rows_once_and_fit_into_their_memory() -> None:
     assert [chunk.begin for chunk in softmax.chunks[1:]] == [chunk.end for chunk in softmax.chunks[:-1]]
     assert (softmax.chunks[0].begin, softmax.chunks[-1].end) == (0, 1000)
     assert len(softmax.chunks) > 2
-    assert 2 * sum(softmax.weight_entries) <= 4 * settings.MIB
+    of_weights = [buffer for buffer in softmax.chunks[0].buffers if buffer.name.startswith("weights")]
+    assert sum(math.prod(b.shape) * b.dtype.itemsize for b in of_weights) <= 4 * settings.MIB
     # One product in all writes to new memory: the columns of another term, or of another chunk, are added.
     assert sum(sum(chunk.overwrites) for chunk in softmax.chunks) == 1
+
+
+def test_chunks_grow_with_the_gpu_until_the_columns_gradient_costs_little() -> None:
+    """At least 4096 rows if a sixteenth of the memory holds them, and what 512 MiB hold in any case."""
+    from sbert_kernels.backends.triton.contrastive.planner import make_plan
+
+    def rows(n: int, gib: int) -> int:
+        problem = aot.problem_of(CASES["plain"], torch.bfloat16, 768, rows=n)
+        with settings.override(weights="sweep"):
+            return (
+                make_plan(problem, Needs(True, True), Target("cuda", 90, memory=gib << 30)).softmaxes[0].chunks[0].end
+            )
+
+    assert [rows(16384, 80), rows(65536, 80), rows(262144, 80), rows(262144, 24)] == [16384, 4096, 4096, 3072]
+
+
+def test_memory_of_a_chunk_is_used_again_by_the_next_one() -> None:
+    from sbert_kernels.backends.triton.contrastive.planner import make_plan
+
+    problem = aot.problem_of(CASES["four directions"], torch.bfloat16, 384, rows=4096)
+    for way in settings.WEIGHTS:
+        with settings.override(block_bytes=8 * settings.MIB, weights=way):
+            plan = make_plan(problem, Needs(True, True), H100)
+        assert plan.workspace_bytes < 16 * settings.MIB
+        for chunk in plan.softmaxes[0].chunks:
+            taken: list[tuple[int, int]] = []
+            for buffer in (*plan.buffers, *chunk.buffers):
+                if way == "weigh" and buffer.name.startswith("weights"):
+                    continue  # over the dot products
+                begin = buffer.offset * buffer.dtype.itemsize
+                span = 1 + sum((n - 1) * s for n, s in zip(buffer.shape, buffer.strides, strict=True))
+                taken.append((begin, begin + span * buffer.dtype.itemsize))
+            taken.sort()
+            assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(taken))
+            assert taken[-1][1] <= plan.workspace_bytes
 
 
 def test_diagonals_at_unequal_distances_are_refused() -> None:

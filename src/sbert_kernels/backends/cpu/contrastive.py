@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ... import extension, settings
 from ...problems.contrastive import LEAST_EXPONENT, ContrastiveProblem, ContrastiveResult, Needs
+from ...values import float32_matmul_precision
 from . import wire
 
 # Similarities are written once and read twice, by products that have hundreds of operations for each: where they lie
@@ -115,7 +116,7 @@ def choose_precision(dtypes: set[torch.dtype], autocast: torch.dtype | None = No
         dtypes = {autocast}
     if dtypes == {torch.bfloat16}:
         return MatmulPrecision.BFLOAT16 if bfloat16_instructions() else MatmulPrecision.FLOAT32
-    knob = torch.get_float32_matmul_precision()
+    knob = float32_matmul_precision("cpu")
     # float16 has more bits than bfloat16, and no knob of its own.
     if torch.float32 not in dtypes or knob == "highest":
         return MatmulPrecision.FLOAT32

@@ -39,7 +39,7 @@ def fastest(
             except (OutOfResources, torch.OutOfMemoryError) as error:
                 logger.info("%s is passed over: %s", candidate, error)
         _fastest[key] = min(seconds, key=seconds.__getitem__, default=usual)
-        logger.info("for %s: %s, of %s", key, _fastest[key], seconds)
+        logger.info("%s is the fastest, of %s", _fastest[key], {way: f"{1e3 * s:.3g} ms" for way, s in seconds.items()})
     return _fastest[key]
 
 

@@ -115,9 +115,10 @@ def target_of(device: torch.device) -> Target:
 @cache
 def _target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
+    size = (properties.multi_processor_count, properties.total_memory)
     if _HIP:
-        return Target("hip", properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
-    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+        return Target("hip", properties.gcnArchName.partition(":")[0], *size)
+    return Target("cuda", 10 * properties.major + properties.minor, *size)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -20,6 +20,7 @@ taken but the loss's. Memory: 60 bytes a pair. Deterministic.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -126,6 +127,19 @@ def _sort(
     tl.store(sorted_labels + place, bits.to(tl.float32, bitcast=True), mask=place < n)
 
 
+class Scans(NamedTuple):
+    """What the scans leave at each place for the gradients: exponents, (n,) float64, and factors, (n,) fp32."""
+
+    up: Any  # up_sums exp(up) is the sum of exp(-z) from this place on
+    up_sums: Any
+    down: Any  # the same of exp(z) up to this place
+    down_sums: Any
+    above: Any  # exp(z + u); None: no gradients
+    above_sums: Any
+    below: Any  # exp(v - z)
+    below_sums: Any
+
+
 @triton.jit(do_not_specialize=["n", "chunks", "steps"])
 def rank(
     scores,  # (n,)
@@ -139,14 +153,7 @@ def rank(
     order,  # (n,) int64: the pair at each place
     sorted_labels,  # (n,)
     sums,  # (6, chunks) float64: maximum and sum of z, of -z, of z + u
-    up,  # (n,) float64, with up_sums the sum of exp(-z) from this place on: up_sums exp(up)
-    up_sums,  # (n,)
-    down,  # (n,) float64, with down_sums the same of exp(z) up to this place
-    down_sums,  # (n,)
-    above,  # (n,) float64, with above_sums exp(z + u); None: no gradients
-    above_sums,  # (n,)
-    below,  # (n,) float64, with below_sums exp(v - z)
-    below_sums,  # (n,)
+    scans,  # Scans
     loss,  # ()
     score_gradient,  # (n,) or None
     scale_gradient,  # (chunks,): parts of it; or None
@@ -159,6 +166,8 @@ def rank(
 ):
     """Runs the phases FIRST .. LAST; see the module's docstring."""
     MINUS: tl.constexpr = -float("inf")
+    up, up_sums, down, down_sums = scans.up, scans.up_sums, scans.down, scans.down_sums
+    above, above_sums, below, below_sums = scans.above, scans.above_sums, scans.below, scans.below_sums
     if scale_tensor is not None:
         scale = tl.load(scale_tensor)
     if FIRST == 0:
@@ -303,19 +312,13 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
     else:
         sorted_labels, order = labels.sort(stable=True)
     scale_tensor = problem.scale.on_device
-    memory: dict[str, Tensor | None] = {
-        "order": order,
-        "sorted_labels": sorted_labels,
-        "sums": empty(6, plan.chunks, dtype=torch.float64),
-        "up": empty(n, dtype=torch.float64),
-        "up_sums": empty(n),
-        "down": empty(n, dtype=torch.float64),
-        "down_sums": empty(n),
-        "above": empty(n, dtype=torch.float64) if any(needs) else None,
-        "above_sums": empty(n) if any(needs) else None,
-        "below": empty(n, dtype=torch.float64) if any(needs) else None,
-        "below_sums": empty(n) if any(needs) else None,
-    }
+    scans = Scans(*[None] * 8)
+    exponents = empty(4 if any(needs) else 2, n, dtype=torch.float64).unbind()
+    factors = empty(len(exponents), n).unbind()
+    of_names = dict(zip(("up", "down", "above", "below"), zip(exponents, factors, strict=True), strict=False))
+    for name, (exponent, factor) in of_names.items():
+        scans = scans._replace(**{name: exponent, f"{name}_sums": factor})
+    sums = empty(6, plan.chunks, dtype=torch.float64)
     loss = empty()
     scores = empty(n) if needs.scores else None
     weights = empty(n) if needs.weights else None
@@ -336,7 +339,10 @@ def ranking(problem: RankingProblem, needs: Needs) -> RankingResult:
             n=n,
             chunks=plan.chunks,
             steps=n.bit_length(),
-            **memory,
+            order=order,
+            sorted_labels=sorted_labels,
+            sums=sums,
+            scans=scans,
             loss=loss,
             score_gradient=scores,
             scale_gradient=scale_parts,

@@ -18,7 +18,6 @@ class SweepTiles:
     masked: tuple[int, int] = (64, 64)  # entries are told apart by ids or hardness, which takes registers
     in_parts: tuple[int, int] = (64, 32)  # fp32 products, or products of fp32 in three parts
     prefixes: tuple[int, int] = (32, 32)  # a tile of weights for each of more than two prefixes
-    gradient_rows: int = 64  # a gradient is summed up in half precision without masks
     stages: int = 3  # loads in flight, as many as shared memory holds
 
 
@@ -38,6 +37,7 @@ class Gpu:
     tf32: float
     fp32: float  # of products without tensor cores
     bandwidth: float  # bytes/s of memory
+    memory_gib: int
     formats: tuple[str, ...]  # that Triton multiplies on tensor cores
     tiles: SweepTiles
 
@@ -47,31 +47,31 @@ class Gpu:
 
 
 _NONE = ()  # Triton multiplies nothing on Turing's tensor cores
-_NVIDIA = ("float16", "bfloat16", "tf32")
+_CUDA = ("float16", "bfloat16", "tf32")
 _AMD = ("float16", "bfloat16", "float32")
 _TURING = SweepTiles(in_parts=(64, 16), stages=2)
 _AMPERE = SweepTiles()
 _SMALL = SweepTiles(stages=2)
-_HOPPER = SweepTiles(prefixes=(64, 32))
+_HOPPER = SweepTiles(plain=(128, 256), prefixes=(64, 32))  # measured on an H200: 385 TFLOP/s, 327 with 128 columns
 # Its tensor cores accumulate in a memory of their own, but bring a tile into registers as a whole.
-_BLACKWELL = SweepTiles(plain=(128, 64), prefixes=(64, 32), gradient_rows=128)
+_BLACKWELL = SweepTiles(plain=(128, 64), prefixes=(64, 32))
 _GEFORCE = SweepTiles(plain=(128, 64), masked=(64, 32), stages=2)
 _CDNA3 = SweepTiles(prefixes=(64, 32), stages=2)
 
 # Of several GPUs of one arch, the first stands for all of them.
 # fmt: off
 GPUS = (
-    #   name        backend arch      SMs  KiB  all  registers threads half   tf32     fp32    bandwidth  formats  tiles
-    Gpu("T4",       "cuda", 75,        40,  64,  64,  65536, 1024, 65e12,   8e12,    8e12,   0.32e12, _NONE,   _TURING),
-    Gpu("A100",     "cuda", 80,       108, 163, 164,  65536, 2048, 312e12,  156e12,  19.5e12, 2.0e12, _NVIDIA, _AMPERE),
-    Gpu("A10",      "cuda", 86,        72,  99, 100,  65536, 1536, 125e12,  62e12,   31e12,   0.6e12, _NVIDIA, _SMALL),
-    Gpu("L4",       "cuda", 89,        58,  99, 100,  65536, 1536, 121e12,  60e12,   30e12,   0.3e12, _NVIDIA, _SMALL),
-    Gpu("RTX 4090", "cuda", 89,       128,  99, 100,  65536, 1536, 165e12,  82e12,   82e12,   1.0e12, _NVIDIA, _SMALL),
-    Gpu("H100",     "cuda", 90,       132, 227, 228,  65536, 2048, 989e12,  495e12,  67e12,  3.35e12, _NVIDIA, _HOPPER),
-    Gpu("H200",     "cuda", 90,       132, 227, 228,  65536, 2048, 989e12,  495e12,  67e12,   4.8e12, _NVIDIA, _HOPPER),
-    Gpu("B200",     "cuda", 100,      148, 227, 228,  65536, 2048, 2250e12, 1100e12, 80e12, 8e12, _NVIDIA, _BLACKWELL),
-    Gpu("RTX 5090", "cuda", 120,      170,  99, 100,  65536, 1536, 209e12,  105e12,  105e12, 1.8e12, _NVIDIA, _GEFORCE),
-    Gpu("MI300X",   "hip",  "gfx942", 304,  64,  64, 131072, 2048, 1307e12, 653e12,  163e12,  5.3e12, _AMD,    _CDNA3),
+    # name, backend, arch, SMs, KiB, all, registers, threads, half, tf32, fp32, bandwidth, GiB, formats, tiles
+    Gpu("T4",       "cuda",  75,  40,  64,  64, 65536, 1024,   65e12,    8e12,   8e12,  32e10,  16, _NONE, _TURING),
+    Gpu("A100",     "cuda",  80, 108, 163, 164, 65536, 2048,  312e12,  156e12, 195e11, 2.0e12,  40, _CUDA, _AMPERE),
+    Gpu("A10",      "cuda",  86,  72,  99, 100, 65536, 1536,  125e12,   62e12,  31e12, 0.6e12,  24, _CUDA, _SMALL),
+    Gpu("L4",       "cuda",  89,  58,  99, 100, 65536, 1536,  121e12,   60e12,  30e12, 0.3e12,  24, _CUDA, _SMALL),
+    Gpu("RTX 4090", "cuda",  89, 128,  99, 100, 65536, 1536,  165e12,   82e12,  82e12, 1.0e12,  24, _CUDA, _SMALL),
+    Gpu("H100",     "cuda",  90, 132, 227, 228, 65536, 2048,  989e12,  495e12,  67e12, 335e10,  80, _CUDA, _HOPPER),
+    Gpu("H200",     "cuda",  90, 132, 227, 228, 65536, 2048,  989e12,  495e12,  67e12, 4.8e12, 141, _CUDA, _HOPPER),
+    Gpu("B200",     "cuda", 100, 148, 227, 228, 65536, 2048, 2250e12, 1100e12,  80e12,   8e12, 180, _CUDA, _BLACKWELL),
+    Gpu("RTX 5090", "cuda", 120, 170,  99, 100, 65536, 1536,  209e12,  105e12, 105e12, 1.8e12,  32, _CUDA, _GEFORCE),
+    Gpu("MI300X", "hip", "gfx942", 304, 64, 64, 131072, 2048, 1307e12, 653e12, 163e12, 5.3e12, 192, _AMD, _CDNA3),
 )
 # fmt: on
 BY_NAME = {gpu.name: gpu for gpu in GPUS}
@@ -88,17 +88,29 @@ class Target:
     backend: str  # "cuda", "hip" or "interpreter"
     arch: int | str
     multiprocessors: int | None = None  # None: as many as its row says, where nobody runs the code
+    memory: int | None = None  # bytes; None: as much as its row says
 
     @property
     def processors(self) -> int:
         """The number of multiprocessors."""
         return self.gpu.multiprocessors if self.multiprocessors is None else self.multiprocessors
 
+    @property
+    def memory_bytes(self) -> int:
+        """The memory of the GPU."""
+        return self.gpu.memory_gib << 30 if self.memory is None else self.memory
+
     @cached_property
     def gpu(self) -> Gpu:
-        """The row of this GPU, or of one that is most like it: of the same maker, and no newer."""
+        """The row of this GPU, or of one that is most like it: of the same maker, no newer, of about as much memory."""
+        arch = self.arch
         if self.backend == "hip":
-            return BY_ARCH.get(self.arch, BY_NAME["MI300X"])
-        if isinstance(self.arch, str) or self.backend == "interpreter":
-            return BY_NAME["H100"]
-        return BY_ARCH[max((arch for arch in NVIDIA_ARCHS if arch <= self.arch), default=NVIDIA_ARCHS[0])]
+            arch = arch if arch in BY_ARCH else "gfx942"
+        elif isinstance(arch, str) or self.backend == "interpreter":
+            arch = 90
+        else:
+            arch = max((known for known in NVIDIA_ARCHS if known <= arch), default=NVIDIA_ARCHS[0])
+        if self.memory is None:
+            return BY_ARCH[arch]
+        gib = self.memory / 2**30
+        return min((gpu for gpu in GPUS if gpu.arch == arch), key=lambda gpu: abs(gpu.memory_gib - gib))

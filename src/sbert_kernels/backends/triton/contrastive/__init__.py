@@ -1,29 +1,39 @@
 """The contrastive operation in Triton kernels, from a problem to its loss and gradients.
 
-    plan.py, run.py                            decides all about a call in one pass; executes what was decided
-    precision.py, tiles.py                     number formats of the products; tile sizes of the kernels
-    operands.py                                the vectors and their gradients
-    sweep.py, softmax_statistics.py, norms.py  the kernels
-    strategy.py, cost_model.py, tiled.py       the choice of a strategy; the strategy that has no plan
+    plan.py, planner.py                   what is decided about a call; deciding it, in one pass
+    memory.py, cost_model.py              where its tensors lie; what it costs
+    run.py, call.py, softmax.py           execute what was decided: all of it, what is done once, a chunk of rows
+    operands.py                           the vectors and their gradients
+    precision.py, tiles.py                number formats of the products; tile sizes of the kernels
+    multiply.py                           matrix products: the vendor's, or a plain kernel
+    epilogue.py, sweep.py, weigh.py       the kernels: from dot products to weights, with or without the product
+    redo.py, softmax_statistics.py, rows.py, norms.py, arguments.py
 
-`plan` says how the chunked strategy works.
+`planner` says how a call is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import fields
 
 import torch
+from torch import Tensor
 
 from .... import settings
 from ....problems.contrastive import ContrastiveProblem, ContrastiveResult, Needs
+from ....problems.scale import Scale
+from ....values import float32_matmul_precision
 from .. import autotune
 from ..launching import target_of
 from . import tiles
-from .plan import make_plan, precision_of
-from .run import run
-from .strategy import choose_strategy, strategies
-from .tiled import tiled
+from .planner import make_plan
+from .run import Program
+
+# The plans of calls before, ready to run: a training has few shapes, and asks for them at every step.
+_programs: dict[Hashable, Program] = {}
+MOST_PROGRAMS = 256
+_FIELDS = [field.name for field in fields(ContrastiveProblem)]
 
 
 def why_not(problem: ContrastiveProblem | None) -> str | None:
@@ -37,50 +47,70 @@ def why_not(problem: ContrastiveProblem | None) -> str | None:
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:
     """Returns loss and gradients of the contrastive operation."""
-    way = (choose_strategy(problem, needs), 0)
+    key = _key(problem, needs)
+    way: tuple[str | None, int] = (None, 0)
     if settings.get("autotune"):
-        ways = [(strategy, variant) for strategy in strategies(problem, needs) for variant in tiles.VARIANTS]
-        kind, device = _kind(problem, needs), problem.device
-        way = autotune.fastest(kind, ways, lambda way: _computed(problem, needs, *way), device, usual=way)
-    return _computed(problem, needs, *way)
+        asked_for = settings.get("weights")
+        names = ("weigh",) if problem.guided else (asked_for,) if asked_for else settings.WEIGHTS
+        ways = [(name, variant) for name in names for variant in tiles.VARIANTS]
+        kind = _kind(problem, needs)
+        way = autotune.fastest(
+            kind, ways, lambda way: _program(problem, needs, key, *way).run(problem), problem.device, usual=way
+        )
+    return _program(problem, needs, key, *way).run(problem)
 
 
-def _computed(problem: ContrastiveProblem, needs: Needs, strategy: str, variant: int) -> ContrastiveResult:
-    target = target_of(problem.device)
-    if strategy == "tiled" and needs.vectors:
-        return tiled(problem, needs, target, variant)
-    return run(make_plan(problem, needs, target, variant), problem)
+def _program(problem: ContrastiveProblem, needs: Needs, key: Hashable, way: str | None, variant: int) -> Program:
+    """Returns the plan of a call, ready to run; made when it is first asked for."""
+    full_key = (key, way, variant)
+    program = _programs.get(full_key)
+    if program is None:
+        program = Program(make_plan(problem, needs, target_of(problem.device), way, variant))
+        _programs[full_key] = program
+        if len(_programs) > MOST_PROGRAMS:
+            _programs.clear()
+    return program
+
+
+def _key(problem: ContrastiveProblem, needs: Needs) -> Hashable:
+    """Returns all that a plan follows from: shapes, strides and types of the tensors, options, settings, the device."""
+    return (_described(problem, lambda x: (x.shape, x.stride(), x.dtype)), *_rules(problem, needs))
 
 
 def _kind(problem: ContrastiveProblem, needs: Needs) -> Hashable:
-    """Returns what the fastest way depends on: the GPU, the precision, what changes a kernel's code, and sizes.
+    """Returns what the fastest way depends on: the same, but rows count by their power of two.
 
-    Rows count by their power of two, as only the number of tiles depends on them; widths as they are, since kernels are
-    compiled for each.
+    Only the number of tiles depends on them; widths count as they are, since kernels are compiled for each.
     """
-    target, terms = target_of(problem.device), problem.terms()
-    rows = (len(problem.queries).bit_length(), sum(term.columns for term in terms).bit_length())
-    rules = tuple(
-        (
-            term.rows_are_queries,
-            term.columns_are_queries,
-            term.softmax,
-            term.hardness > 0,
-            term.hard_everywhere,
-            len(term.hardness_exceptions),
-            term.duplicates,
-        )
-        for term in terms
-    )
+    described = _described(problem, lambda x: (len(x).bit_length() if x.dim() else 0, x.shape[1:], x.dtype))
+    return (described, *_rules(problem, needs))
+
+
+def _described(problem: ContrastiveProblem, of_tensor: Callable[[Tensor], Hashable]) -> tuple[Hashable, ...]:
+    """Returns every part of a problem, with the description of a tensor in the tensor's place."""
+    parts: list[Hashable] = []
+    for name in _FIELDS:
+        value = getattr(problem, name)
+        if isinstance(value, Tensor):
+            parts.append(of_tensor(value))
+        elif isinstance(value, tuple):
+            parts.append(tuple([of_tensor(x) for x in value]))
+        elif not isinstance(value, Scale):  # whose number changes from step to step, see `_rules`
+            parts.append(value)
+    return tuple(parts)
+
+
+def _rules(problem: ContrastiveProblem, needs: Needs) -> tuple[Hashable, ...]:
+    bounded = problem.bounded
     return (
-        target,
-        strategies(problem, needs),
-        precision_of(problem, target).name,
-        problem.dims,
-        rows,
-        rules,
-        problem.cosine,
-        problem.unshifted,
-        problem.guided,
-        *needs,
+        needs,
+        bounded,
+        bounded and problem.sums_may_vanish,
+        problem.scale.on_device is None,
+        problem.device,
+        target_of(problem.device),
+        settings.get("block_bytes"),
+        settings.get("matmul"),
+        settings.get("weights"),
+        float32_matmul_precision("cuda"),
     )

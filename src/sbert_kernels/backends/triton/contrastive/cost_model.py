@@ -1,20 +1,17 @@
-"""Counts what each of the two strategies computes and moves, to say which of them is faster.
+"""Counts what the two ways of making the weights compute and move, to say which of them should be faster.
 
-For N rows, M columns, D entries, b bytes a number, S slices of a gradient (`slice_width`), and one prefix:
+For N rows, M columns, D entries, K prefixes, b bytes a weight, and P passes (1, or 2 where a row's maximum or sum must
+be known before its weights):
 
-              FLOPs                              bytes from memory, beyond operands and gradients
-    tiled     (2 + 2 (S + 1)) N M D, rows, and   none that grows with N M
-              2 (S + 1) N M D, columns; without
-              the first 2 N M D where the softmax
-              is bounded and S = 1
-    chunked   6 N M D; 8 N M D where the         3 b N M: weights written once, read by two products;
-              softmax is not bounded             12 M D for each chunk of rows
+             FLOPs                        bytes from and to memory, beyond operands and gradients
+    sweep    P 2 N M D, in Triton         b K N M: the weights, written
+    weigh    2 N M D, by the vendor       4 N M written by the product (16 more for each further prefix, which adds to
+                                          the one before), 4 P K N M read, b K N M written
 
-Of K prefixes, tiled does the same for each; chunked computes similarities twice for all of them together, and keeps K
-weights.
+Both are followed by the same two products with the weights: 4 N M D FLOPs, 2 b K N M bytes read, and for each chunk of
+rows the columns' gradient, 8 M D bytes.
 
-Rates are shares of a GPU's peak: those of a vendor's matrix product, and of a product in Triton with an exponential
-for each entry. They are estimates until `bench gpu` has measured them, and only their ratio decides.
+The rates were measured on an H200; other GPUs are taken to reach the same shares of their peaks.
 """
 
 from __future__ import annotations
@@ -22,54 +19,73 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..targets import Gpu
-from .tiles import slice_width
 
-# Shares of the peak that a vendor's products and the sweeps reach, and the seconds that a launch takes at least.
-VENDOR_SHARE, SWEEP_SHARE, LAUNCH_SECONDS = 0.75, 0.5, 2e-5
+# Shares of the peak that the vendor's products reach, those that write dot products in fp32, and products in Triton.
+VENDOR_SHARE, DOTS_SHARE, SWEEP_SHARE = 0.75, 0.55, 0.65
+BANDWIDTH_SHARE = 0.9
+# The exponential of an entry and what belongs to it, which no product hides; of one multiprocessor.
+ENTRY_SECONDS = 2.1e-10
+LAUNCH_SECONDS = 2e-5
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts floating-point operations of the sweeps and of the vendor's products, and bytes through memory."""
+    """Counts floating-point operations in Triton and by the vendor, entries that are weighed, and bytes of memory."""
 
     sweep_flops: float
-    vendor_flops: float
-    bytes: float
+    dots_flops: float
+    product_flops: float
+    entries: float  # weighed by a sweep
+    weighing_bytes: float  # moved by the kernels that weigh; the dot products' own writing is part of their rate
+    product_bytes: float  # moved by the products with the weights
     launches: int
+
+    @property
+    def vendor_flops(self) -> float:
+        """Operations of all products by the vendor's library."""
+        return self.dots_flops + self.product_flops
+
+    @property
+    def bytes(self) -> float:
+        """All bytes from and to memory."""
+        return self.weighing_bytes + self.product_bytes
 
     def seconds(self, gpu: Gpu, rate: str) -> float:
         """Returns the seconds that it should take on a GPU at its peak rate of that name: "half", "tf32" or "fp32"."""
-        peak = gpu.peak(rate)
-        busy = self.sweep_flops / (SWEEP_SHARE * peak) + self.vendor_flops / (VENDOR_SHARE * peak)
-        return max(busy, self.bytes / gpu.bandwidth) + self.launches * LAUNCH_SECONDS
+        peak, bandwidth = gpu.peak(rate), BANDWIDTH_SHARE * gpu.bandwidth
+        swept = self.sweep_flops / (SWEEP_SHARE * peak) + self.entries * ENTRY_SECONDS / gpu.multiprocessors
+        weighed = self.weighing_bytes / bandwidth
+        # A sweep writes while it multiplies; a pass over dot products begins when they are there.
+        first = max(swept, weighed) if self.sweep_flops else self.dots_flops / (DOTS_SHARE * peak) + weighed
+        products = max(self.product_flops / (VENDOR_SHARE * peak), self.product_bytes / bandwidth)
+        return first + products + self.launches * LAUNCH_SECONDS
 
 
 def accounting(
     n: int,
     m: int,
     dims: tuple[int, ...],
-    element_bytes: int,
-    strategy: str,
+    weight_bytes: int,
+    way: str,
     *,
-    bounded: bool = True,
+    passes: int = 1,
     gradients: bool = True,
-    fma: bool = False,
-    high_register_pressure: bool = False,
     chunk_rows: int = 4096,
 ) -> Work:
-    """Returns what one term of N rows and M columns costs by a strategy, for prefixes of these widths."""
-    d, prefixes = dims[-1], len(dims)
-    norms = 3.0 * (n + m) * d * (element_bytes + 4)
-    if not gradients:
-        return Work(2.0 * n * m * d, 0.0, element_bytes * (n + m) * d, 3)
-    if strategy == "tiled":
-        flops = 0.0
-        for width in dims:
-            slices = -(-width // slice_width(width, fma, high_register_pressure))
-            passes = 2 * (slices + 1) + (0 if bounded and slices == 1 else 1)
-            flops += passes * 2.0 * n * m * width
-        return Work(flops, 0.0, prefixes * norms, 6 * prefixes)
+    """Returns what one term of N rows and M columns costs by a way ("sweep" or "weigh"), for prefixes of these widths.
+
+    Without gradients, one pass finds all sums.
+    """
+    entries, d, prefixes = float(n) * m, dims[-1], len(dims)
+    passes = passes if gradients else 1
     chunks = -(-n // chunk_rows)
-    moved = 3.0 * element_bytes * n * m * prefixes + 12.0 * m * d * chunks + norms
-    sweeps = 1 if bounded and prefixes == 1 else 2
-    return Work(sweeps * 2.0 * n * m * d, 2 * 2.0 * n * m * d, moved, 4 + 5 * chunks)
+    operands, written = float(weight_bytes) * (n + m) * d, 0.0
+    product_flops = product_bytes = 0.0
+    if gradients:
+        written = weight_bytes * entries * prefixes
+        product_flops, product_bytes = 4.0 * entries * d, 2.0 * written + 8.0 * m * d * chunks
+    if way == "sweep":
+        flops, weighed = passes * 2.0 * entries * d, passes * prefixes * entries
+        return Work(flops, 0.0, product_flops, weighed, written + operands, product_bytes, 4 + 5 * chunks)
+    dots = (16.0 * prefixes - 16.0) * entries + 4.0 * passes * prefixes * entries
+    return Work(0.0, 2.0 * entries * d, product_flops, 0.0, dots + written + operands, product_bytes, 5 + 5 * chunks)

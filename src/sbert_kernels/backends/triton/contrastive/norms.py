@@ -79,7 +79,7 @@ def norms_forward(
 def norms_backward(
     gradient,  # (rows, width) fp32, in place
     gradient_stride,
-    row_coefficient,  # (rows,): multiplies the gradient that is there; None: 1
+    row_coefficient,  # (rows,): it and the inverse norm multiply the gradient that is there; None: both are in it
     x,  # (rows, D)
     x_stride,
     inverse_norms,  # (K, rows) fp32; None: dot products
@@ -96,11 +96,16 @@ def norms_backward(
     eps,
     factor,
     factor_tensor,  # () fp32; None: 1
+    LIFT: tl.constexpr,  # the gradient that is there is times 2^LIFT
     DIMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds the positive pairs to a gradient, takes its radial part away, and multiplies by the common factor."""
+    """Finishes a gradient, in place.
+
+    Multiplies it by its row's factors, adds the positive pairs, takes the radial part away, and multiplies by the
+    common factor.
+    """
     K: tl.constexpr = len(DIMS)
     index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = index < rows
@@ -112,9 +117,15 @@ def norms_backward(
         partner_vectors = partners + pair.to(tl.int64)[:, None] * partners_stride
     if factor_tensor is not None:
         factor *= tl.load(factor_tensor)
+    # One factor after the other: their product may leave fp32 where the gradient does not.
     before = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+    norm_factor = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
     if row_coefficient is not None:
         before = tl.load(row_coefficient + index, mask=inside, other=0.0)
+        if inverse_norms is not None:
+            norm_factor = tl.load(inverse_norms + index, mask=inside, other=0.0)
+
+    norm_factor *= 2.0**-LIFT
 
     found = tl.zeros((BLOCK_ROWS,), tl.float32)
     if inverse_norms is not None and radial is None:
@@ -122,12 +133,13 @@ def norms_backward(
             d = begin + tl.arange(0, BLOCK_D)
             mask = inside[:, None] & (d < DIMS[0])[None, :]
             a = tl.load(vectors + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            found += tl.sum(tl.load(g + d[None, :], mask=mask, other=0.0) * a, 1)
-        found *= before
+            found += tl.sum(
+                tl.load(g + d[None, :], mask=mask, other=0.0) * before[:, None] * norm_factor[:, None] * a, 1
+            )
     for begin in range(0, DIMS[K - 1], BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (d < DIMS[K - 1])[None, :]
-        result = tl.load(g + d[None, :], mask=mask, other=0.0) * before[:, None]
+        result = tl.load(g + d[None, :], mask=mask, other=0.0) * before[:, None] * norm_factor[:, None]
         a = tl.load(vectors + d[None, :], mask=mask, other=0.0).to(tl.float32)
         if partners is not None:
             b = tl.load(partner_vectors + d[None, :], mask=mask & paired[:, None], other=0.0).to(tl.float32)

@@ -5,41 +5,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launching import cdiv, launch
+from ..launching import Prepared, cdiv
 from ..layout import with_unit_stride
 from . import tiles
+from .arguments import Side
 from .norms import norms_backward, norms_forward
-from .plan import OperandPlan, joined_dtype
+from .plan import OperandPlan, Plan, joined_dtype
 
 
 class Operand:
     """Holds a set of vectors, the inverse norms of their prefixes, and the gradient of their dot products."""
 
-    def __init__(self, parts: tuple[Tensor, ...], plan: OperandPlan, dims: tuple[int, ...]) -> None:
+    def __init__(
+        self, parts: tuple[Tensor, ...], plan: OperandPlan, dims: tuple[int, ...], inverse_norms: Tensor | None
+    ) -> None:
         vectors = parts[0].detach()
         if len(parts) > 1:
-            vectors = torch.cat([part.detach().to(joined_dtype(parts)) for part in parts])
+            dtype = joined_dtype(parts)
+            vectors = torch.cat([part.detach() if part.dtype == dtype else part.detach().to(dtype) for part in parts])
         self.norms: Tensor | None = None  # (rows, 1): what the vectors were divided by
         if plan.unit_length:
             norms = torch.linalg.vector_norm(vectors[:, : dims[-1]].float(), dim=1, keepdim=True)
             self.norms = torch.where(norms == 0, 1.0, norms)
             vectors = vectors.float() / self.norms
-        self.values = with_unit_stride(vectors.to(plan.dtype))  # (rows, D)
-        self.rows, self.need, self.dims = plan.rows, plan.need, dims
-        shape = (len(dims), plan.rows)
-        device = self.values.device
-        self.inverse_norms = torch.empty(shape, dtype=torch.float32, device=device) if plan.cosine else None
-        self.radial = torch.zeros(shape, dtype=torch.float32, device=device) if plan.radial else None
+        if vectors.dtype != plan.dtype:
+            vectors = vectors.to(plan.dtype)
+        self.vectors = with_unit_stride(vectors)  # (rows, D)
+        self.stride = self.vectors.stride(0)
+        self.plan, self.rows, self.need, self.dims = plan, plan.rows, plan.need, dims
+        self.inverse_norms = inverse_norms  # (K, rows) fp32, written by `Norms`; None: dot products
+        device = self.vectors.device
+        self.radial = torch.zeros((len(dims), plan.rows), device=device) if plan.radial else None
         self.gradient: Tensor | None = None  # (rows, d) fp32
-        self.row_coefficient: Tensor | None = None  # (rows,): the gradient is still to be multiplied by it
+        if plan.need:
+            create = torch.zeros if plan.zeroed else torch.empty
+            self.gradient = create((plan.rows, dims[-1]), dtype=torch.float32, device=device)
+        # (rows,): with the inverse norm, what the gradient is still to be multiplied by; if `plan.rows_alone`.
+        self.row_coefficient: Tensor | None = None
 
-    def accumulator(self) -> Tensor:
-        """Returns the gradient so far, (rows, d) fp32, to add to."""
-        if self.gradient is None:
-            self.gradient = torch.zeros(self.rows, self.dims[-1], dtype=torch.float32, device=self.values.device)
-        if self.row_coefficient is not None:
-            self.gradient *= self.row_coefficient[:, None]
-            self.row_coefficient = None
+    def side(self, begin: int, end: int) -> Side:
+        """Returns some of the vectors as the kernels take them."""
+        if begin == 0 and end == self.rows:
+            return Side(self.vectors, self.stride, self.inverse_norms, self.rows)
+        norms = None if self.inverse_norms is None else self.inverse_norms[:, begin:end]
+        return Side(self.vectors[begin:end], self.stride, norms, self.rows)
+
+    def summed(self) -> Tensor:
+        """Returns the gradient so far, (rows, d) fp32."""
+        assert self.gradient is not None  # the plan says that it is needed
         return self.gradient
 
     def add_radial(self, part: Tensor, begin: int) -> None:
@@ -48,114 +61,112 @@ class Operand:
             self.radial[:, begin : begin + part.shape[2]] += part.sum(0)
 
 
-def launch_norms_forward(
-    documents: Operand, queries: Operand, offset: int, eps: float, positive: Tensor, zero_norm_gives_zero: bool
-) -> None:
-    """Computes the norms of documents and queries, and ``positive`` (K, N), that of query i and document offset + i."""
-    launch(
-        norms_forward,
-        (cdiv(documents.rows, tiles.NORMS["BLOCK_ROWS"]),),
-        config=tiles.NORMS,
-        documents=documents.values,
-        documents_stride=documents.values.stride(0),
-        queries=queries.values,
-        queries_stride=queries.values.stride(0),
-        m=documents.rows,
-        n=queries.rows,
-        offset=offset,
-        eps=eps,
-        document_inverse_norms=documents.inverse_norms,
-        query_inverse_norms=queries.inverse_norms,
-        positive=positive,
-        DIMS=documents.dims,
-        ZERO_NORM_GIVES_ZERO=zero_norm_gives_zero,
-    )
+class Norms:
+    """Knows the launch that reads queries and documents once, for their norms and the positive pairs' similarities."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        documents: OperandPlan,
+        queries: OperandPlan,
+        offset: int,
+        dims: tuple[int, ...],
+        zero_norm_gives_zero: bool,
+    ) -> None:
+        self.start = Prepared(
+            norms_forward,
+            (cdiv(documents.rows, tiles.NORMS["BLOCK_ROWS"]),),
+            config=tiles.NORMS,
+            m=documents.rows,
+            n=queries.rows,
+            offset=offset,
+            eps=plan.eps,
+            DIMS=dims,
+            ZERO_NORM_GIVES_ZERO=zero_norm_gives_zero,
+        )
+
+    def __call__(self, documents: Operand, queries: Operand, positive: Tensor) -> None:
+        """Computes the norms, and ``positive`` (K, N), the similarity of query i and document offset + i."""
+        self.start(
+            documents=documents.vectors,
+            documents_stride=documents.stride,
+            queries=queries.vectors,
+            queries_stride=queries.stride,
+            document_inverse_norms=documents.inverse_norms,
+            query_inverse_norms=queries.inverse_norms,
+            positive=positive,
+        )
 
 
-def finished_gradient(
-    operand: Operand,
-    partner: Operand | None,
-    *,
-    partner_begin: int = 0,
-    offset: int = 0,
-    d_positive: Tensor | None,
-    positive: Tensor | None,
-    eps: float,
-    factor: float,
-    factor_tensor: Tensor | None,
-    width: int,
-) -> Tensor:
-    """Returns the gradient of an operand, (rows, width) fp32, with positive pairs, norms and common factor put in.
+class Finish:
+    """Knows the launch that finishes the gradient of an operand: positive pairs, norms and common factors.
 
     Args:
-        operand: The vectors.
-        partner: Those of the other side of the positive pairs; None if the gradient has no positive pairs.
+        plan: The call's.
+        operand: The operand's.
+        partner: Name of the operand on the other side of the positive pairs; None if the gradient has none.
         partner_begin: The partner of pair 0.
         offset: The operand's vector of pair 0.
-        d_positive: Gradient of the similarity of each pair, (K, N).
-        positive: The similarity of each pair, (K, N).
-        eps: The least norm.
-        factor: Multiplies the gradient, together with ``factor_tensor``, (), if there is one.
-        factor_tensor: See ``factor``.
-        width: Of the embeddings; what lies beyond the longest prefix is 0.
     """
-    coefficient, operand.row_coefficient = operand.row_coefficient, None
-    gradient = operand.accumulator()
-    partners = partner_inverse_norms = None
-    if partner is not None:
-        partners = partner.values[partner_begin:]
-        if partner.inverse_norms is not None:
-            partner_inverse_norms = partner.inverse_norms[:, partner_begin:]
-    launch(
-        norms_backward,
-        (cdiv(operand.rows, tiles.NORMS["BLOCK_ROWS"]),),
-        config=tiles.NORMS,
-        gradient=gradient,
-        gradient_stride=gradient.stride(0),
-        row_coefficient=coefficient,
-        x=operand.values,
-        x_stride=operand.values.stride(0),
-        inverse_norms=operand.inverse_norms,
-        partners=partners,
-        partners_stride=stride(partners),
-        partner_inverse_norms=partner_inverse_norms,
-        partner_inverse_norms_stride=stride(partner_inverse_norms),
-        d_positive=None if partner is None else d_positive,
-        positive=None if partner is None else positive,
-        radial=operand.radial,
-        rows=operand.rows,
-        n=0 if d_positive is None else d_positive.shape[1],
-        offset=offset,
-        eps=eps,
-        factor=factor,
-        factor_tensor=factor_tensor,
-        DIMS=operand.dims,
-    )
-    if operand.norms is not None:
-        gradient /= operand.norms
-    return gradient if gradient.shape[1] == width else torch.nn.functional.pad(gradient, (0, width - gradient.shape[1]))
 
+    def __init__(self, plan: Plan, operand: OperandPlan, partner: str | None, partner_begin: int, offset: int) -> None:
+        self.partner, self.partner_begin, self.width = partner, partner_begin, plan.width
+        self.paired = partner is not None and "d_positive" in plan.d_positives
+        self.start = Prepared(
+            norms_backward,
+            (cdiv(operand.rows, tiles.NORMS["BLOCK_ROWS"]),),
+            config=tiles.NORMS,
+            gradient_stride=plan.dims[-1],
+            rows=operand.rows,
+            n=plan.n if self.paired else 0,
+            offset=offset,
+            eps=plan.eps,
+            LIFT=plan.gradient_lift,
+            DIMS=plan.dims,
+        )
 
-def stride(tensor: Tensor | None) -> int:
-    """Returns how far a tensor's rows are apart; 0 for None."""
-    return 0 if tensor is None else tensor.stride(0)
+    def __call__(
+        self,
+        operands: dict[str, Operand],
+        name: str,
+        d_positive: Tensor | None,
+        positive: Tensor,
+        factor: float,
+        factor_tensor: Tensor | None,
+    ) -> Tensor:
+        """Returns the gradient of an operand, (rows, width) fp32.
 
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, lift: int) -> None:
-    """Adds 2^-lift a @ b to ``out`` (m, n) fp32 by the vendor's library; ``first``: it is written instead.
-
-    [m, k] @ [k, n] -> [m, n]
-    """
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=0 if first else 1, out=out)
-        return
-    if (out.device.type == "cuda" and torch.version.hip is None) or out.device.type == "meta":
-        if first and lift == 0 and out.is_contiguous():
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-            return
-        found = torch.mm(a, b, out_dtype=torch.float32)
-    else:  # the interpreter's CPU, and ROCm, whose products would round their sums to half precision
-        found = torch.mm(a.float(), b.float())
-    if first:
-        out.zero_()
-    out.add_(found, alpha=2.0**-lift)
+        Args:
+            operands: All vectors.
+            name: Of the operand.
+            d_positive: Gradient of the similarity of each pair, (K, N).
+            positive: The similarity of each pair, (K, N).
+            factor: Multiplies the gradient, together with ``factor_tensor``, (), if there is one.
+            factor_tensor: See ``factor``.
+        """
+        operand = operands[name]
+        gradient = operand.summed()
+        partners = None
+        if self.paired and self.partner is not None:
+            partner = operands[self.partner]
+            partners = partner.side(self.partner_begin, partner.rows)
+        self.start(
+            gradient=gradient,
+            row_coefficient=operand.row_coefficient,
+            x=operand.vectors,
+            x_stride=operand.stride,
+            inverse_norms=operand.inverse_norms,
+            partners=None if partners is None else partners.vectors,
+            partners_stride=0 if partners is None else partners.stride,
+            partner_inverse_norms=None if partners is None else partners.inverse_norms,
+            partner_inverse_norms_stride=0 if partners is None else partners.norms_stride,
+            d_positive=None if partners is None else d_positive,
+            positive=None if partners is None else positive,
+            radial=operand.radial,
+            factor=factor,
+            factor_tensor=factor_tensor,
+        )
+        if operand.norms is not None:
+            gradient /= operand.norms
+        beyond = self.width - gradient.shape[1]  # entries beyond the longest prefix
+        return torch.nn.functional.pad(gradient, (0, beyond)) if beyond else gradient

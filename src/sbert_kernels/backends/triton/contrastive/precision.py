@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .... import settings
 from ....logs import log_once
+from ....values import float32_matmul_precision
 from ..launching import INTERPRETED
 from ..targets import Target
 
@@ -60,6 +61,10 @@ class MatmulPrecision:
         }
 
 
+# The guide's products: which columns it excludes must not depend on how the embeddings are multiplied.
+FULL = MatmulPrecision("float32", torch.float32, fma=True)
+
+
 def choose_precision(
     dtypes: Set[torch.dtype], target: Target, prefixes: int = 1, autocast: torch.dtype | None = None
 ) -> MatmulPrecision:
@@ -80,7 +85,7 @@ def choose_precision(
         if dtype == torch.float16 or name in formats:
             return MatmulPrecision(name, dtype, fma=name not in formats)
         return MatmulPrecision("float32", torch.float32, fma=True)
-    name = asked_for or _BY_TORCH[torch.get_float32_matmul_precision()]
+    name = asked_for or _BY_TORCH[float32_matmul_precision("cuda")]
     if dtypes == {torch.float16}:
         name = "tf32"
     wanted = name

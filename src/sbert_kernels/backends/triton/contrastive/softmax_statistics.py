@@ -35,13 +35,10 @@ def _of_splits(pointer, split, index, inside, k, n, K: tl.constexpr, present):
     return tl.load(pointer + at, mask=present[:, None] & inside[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["positive_stride", "second_positive_stride", "n", "splits", "rows_stride"])
+@triton.jit(do_not_specialize=["positive_stride", "second_positive_stride", "d_positive_stride", "n", "splits"])
 def softmax_statistics(
-    maximum,  # (splits, K, n): base 2; None: nothing was subtracted
-    total,  # (splits, K, n): sums of exp2(z - maximum)
-    similarity_total,  # (splits, K, n)
-    duplicate_count,  # (splits, K, n)
-    duplicate_similarity_total,  # (splits, K, n)
+    sums,  # Sums of all terms' splits
+    shift,  # what was subtracted from all logits if no maximum was; natural units
     positive,  # (K, .): similarity of the positive pair
     positive_stride,
     second_positive,  # (K, .): that of a second positive pair
@@ -52,14 +49,13 @@ def softmax_statistics(
     n,
     splits,
     losses,  # (n,): sum over the prefixes of weight * loss
-    logsumexp,  # (K, .), base 2
-    coefficient,  # (K, .): row weight times prefix weight; None: not wanted
-    row_coefficient,  # (K, .): the same over the sum of exp(z)
-    positive_share,  # (K, .): 1 / number of positives
+    logsumexp,  # (K, n), base 2
+    coefficient,  # (K, n): row weight times prefix weight; None: not wanted
+    positive_share,  # (K, n): 1 / number of positives
     d_positive,  # (K, .): gradient of `positive`; None: not wanted
     d_second_positive,  # (K, .): of `second_positive`; None: that is the same pair
+    d_positive_stride,  # from one prefix to the next, of both
     scale_gradient,  # (n,): row weight times prefix weight times d loss / d scale
-    rows_stride,  # of the (K, .) outputs
     WEIGHTS: tl.constexpr,  # of the K prefixes
     ADD: tl.constexpr,  # to losses and scale gradient of another softmax
     ADD_D_POSITIVE: tl.constexpr,  # to d_positive of another softmax
@@ -81,11 +77,13 @@ def softmax_statistics(
     scale_sum = tl.zeros((BLOCK_N,), tl.float32)
     for k in tl.static_range(K):
         peak = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        if maximum is not None:
+        if sums.maximum is not None:
             for begin in range(0, splits, BLOCK_S):
                 split = begin + tl.arange(0, BLOCK_S)
-                at = (split * K + k).to(tl.int64)[:, None] * n + index[None, :]
-                found = tl.load(maximum + at, mask=(split < splits)[:, None] & inside[None, :], other=-float("inf"))
+                split_at = (split * K + k).to(tl.int64)[:, None] * n + index[None, :]
+                found = tl.load(
+                    sums.maximum + split_at, mask=(split < splits)[:, None] & inside[None, :], other=-float("inf")
+                )
                 peak = tl.maximum(peak, tl.max(found, 0))
         least = tl.where(peak == -float("inf"), 0.0, tl.minimum(peak, 3.0e38))
         others = tl.zeros((BLOCK_N,), tl.float32)
@@ -95,24 +93,24 @@ def softmax_statistics(
         for begin in range(0, splits, BLOCK_S):
             split = begin + tl.arange(0, BLOCK_S)
             present = split < splits
-            sums = _of_splits(total, split, index, inside, k, n, K, present)
+            totals = _of_splits(sums.total, split, index, inside, k, n, K, present)
             factor = tl.full((BLOCK_S, BLOCK_N), 1.0, tl.float32)
-            if maximum is not None:
-                found = _of_splits(maximum, split, index, inside, k, n, K, present)
+            if sums.maximum is not None:
+                found = _of_splits(sums.maximum, split, index, inside, k, n, K, present)
                 lower = tl.where(found == -float("inf"), 0.0, tl.minimum(found, 3.0e38))
                 empty = (found == -float("inf")) | ~present[:, None]
                 factor = tl.where(empty, 0.0, tl.exp2(lower - least[None, :]))
-            others += tl.sum(sums * factor, 0)
-            if similarity_total is not None:
-                parts = _of_splits(similarity_total, split, index, inside, k, n, K, present)
+            others += tl.sum(totals * factor, 0)
+            if sums.similarity_total is not None:
+                parts = _of_splits(sums.similarity_total, split, index, inside, k, n, K, present)
                 similarity += tl.sum(parts * factor, 0)
-            if duplicate_count is not None:
-                count += tl.sum(_of_splits(duplicate_count, split, index, inside, k, n, K, present), 0)
+            if sums.duplicate_count is not None:
+                count += tl.sum(_of_splits(sums.duplicate_count, split, index, inside, k, n, K, present), 0)
                 duplicate_similarity += tl.sum(
-                    _of_splits(duplicate_similarity_total, split, index, inside, k, n, K, present), 0
+                    _of_splits(sums.duplicate_similarity_total, split, index, inside, k, n, K, present), 0
                 )
-        if maximum is None:
-            least = tl.zeros((BLOCK_N,), tl.float32)
+        if sums.maximum is None:
+            least = tl.zeros((BLOCK_N,), tl.float32) + shift * LOG2E
         rest = tl.where(others > 0.0, tl.log2(tl.where(others > 0.0, others, 1.0)), -float("inf")) + least
         rest = tl.where(others == others, rest, others)  # not a number stays so
 
@@ -146,13 +144,12 @@ def softmax_statistics(
             _probability(second_z, top, sum_of_all),
         )
         weighted = weight * WEIGHTS[k]
-        at = k * rows_stride + index
+        at = k * n + index
+        d_at = k * d_positive_stride + index
         if logsumexp is not None:
             tl.store(logsumexp + at, lse, mask=inside)
         if coefficient is not None:
             tl.store(coefficient + at, weighted, mask=inside)
-        if row_coefficient is not None:
-            tl.store(row_coefficient + at, weighted * tl.exp2(-lse), mask=inside)
         if positive_share is not None:
             tl.store(positive_share + at, 1.0 / positives, mask=inside)
         if d_positive is not None:
@@ -162,10 +159,10 @@ def softmax_statistics(
                 if d_second_positive is None:
                     strength += second_strength
                 else:
-                    tl.store(d_second_positive + at, second_strength, mask=inside)
+                    tl.store(d_second_positive + d_at, second_strength, mask=inside)
             if ADD_D_POSITIVE:
-                strength += tl.load(d_positive + at, mask=inside, other=0.0)
-            tl.store(d_positive + at, strength, mask=inside)
+                strength += tl.load(d_positive + d_at, mask=inside, other=0.0)
+            tl.store(d_positive + d_at, strength, mask=inside)
         if scale_gradient is not None:
             expected = p_positive * positive_s + p_second * second_s
             # similarity / others is the others' mean similarity; without others it is 0 / 0

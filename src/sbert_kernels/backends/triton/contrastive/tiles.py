@@ -12,7 +12,8 @@ from ..launching import Config
 from ..targets import Target
 from .precision import MatmulPrecision
 
-# Tiles of a sweep beside the default ones (0): half as wide in B; in A; in both, with one more load in flight.
+# Tiles of a sweep beside the default ones (0): half as wide in B; in A; in both, with one more load in flight. Of
+# `weigh`: half as many columns at once; twice as many warps; both.
 VARIANTS = (0, 1, 2, 3)
 
 # Memory-bound: a row's entries are read in full lines, a few rows a program.
@@ -24,68 +25,77 @@ def sweep_config(
     target: Target,
     precision: MatmulPrecision,
     *,
-    statistics: bool,
-    gradient: bool,
     masked: bool,
-    guided: bool,
     prefixes: int,
-    width: int,
     aligned: bool = True,
     variant: int = 0,
 ) -> Config:
-    """Returns the tiles of a sweep.
+    """Returns the tiles of `sweep`.
 
     Args:
         target: What it is compiled for.
         precision: How it multiplies.
-        statistics: It sums up the rows of a softmax.
-        gradient: It sums up a gradient, of ``width`` entries a program.
         masked: Ids or hardness tell entries apart, which takes registers.
-        guided: It computes the guide's similarities, too.
         prefixes: So many tiles of weights are held at once.
-        width: See ``gradient``; 16 without one.
         aligned: Rows of vectors are a multiple of 16 numbers apart; others are read number by number.
         variant: One of `VARIANTS`.
     """
     if target.backend == "interpreter":
-        return _config(32, 32, 32, width, 1, 1)
+        return _config(32, 32, 32, 1, 1)
     tiles = target.gpu.tiles
-    operand_bytes = precision.dtype.itemsize
     slow = precision.fma or precision.split
-    stages = 2 if slow or guided or prefixes > 2 else tiles.stages
-    d = 16 if slow else 32 if guided or operand_bytes == 4 else 64
-    if guided:
-        a, b = 32, 16 if precision.split else 32
-    elif prefixes > 2:
+    stages = 2 if slow or prefixes > 2 else tiles.stages
+    d = 16 if slow else 32 if precision.dtype.itemsize == 4 else 64
+    if prefixes > 2:
         a, b = (32, 16) if precision.fma else (64, 16) if precision.split else tiles.prefixes
     elif slow:
         a, b = tiles.in_parts
-    elif gradient:
-        a = tiles.gradient_rows if operand_bytes == 2 and aligned and not (masked or statistics) else 64
-        b = 32 if not aligned or (operand_bytes == 4 and statistics) else 64
     elif masked or not aligned:
         a, b = tiles.masked
+    elif prefixes > 1 or precision.dtype.itemsize == 4:
+        a, b = min(tiles.plain, (128, 128), key=lambda sizes: sizes[0] * sizes[1])
     else:
         a, b = tiles.plain
     if variant in (1, 3):
         b = max(16, b // 2)
     if variant in (2, 3):
         a = max(16, a // 2)
-    return _config(a, b, d, width, 8, stages + 1 if variant == 3 else stages)
+    return _config(a, b, d, 8, stages + 1 if variant == 3 else stages)
 
 
-def _config(a: int, b: int, d: int, s: int, warps: int, stages: int) -> Config:
-    # Eight blocks of A and the columns of a wave lie in L2 together.
-    tiles = (("BLOCK_A", a), ("BLOCK_B", b), ("BLOCK_D", d), ("BLOCK_S", s), ("GROUP", 8))
+def product_config(target: Target, precision: MatmulPrecision) -> Config:
+    """Returns the tiles of a plain matrix product."""
+    if target.backend == "interpreter":
+        return _config(32, 32, 32, 1, 1)
+    tiles = target.gpu.tiles
+    if precision.fma or precision.split:
+        return _config(*tiles.in_parts, 16, 8, 2)
+    a, b = min(tiles.plain, (128, 128), key=lambda sizes: sizes[0] * sizes[1])
+    return _config(a, b, 32, 8, tiles.stages)
+
+
+def redo_config(target: Target, precision: MatmulPrecision) -> Config:
+    """Returns the tiles of `redo`: few rows a program, since it is rare that more than a few are done again."""
+    if target.backend == "interpreter":
+        return Config((("BLOCK_A", 16), ("BLOCK_B", 32), ("BLOCK_D", 32), ("BLOCK_S", 16)), 1, 1)
+    b, d = (16, 16) if precision.fma else (32, 32) if precision.split else (64, 32)
+    return Config((("BLOCK_A", 32), ("BLOCK_B", b), ("BLOCK_D", d), ("BLOCK_S", 32)), 4, 2, registers=255)
+
+
+def weigh_config(target: Target, columns: int, prefixes: int, masked: bool, variant: int = 0) -> Config:
+    """Returns the tiles of `weigh`: one row a program, a few where the columns' radial part is summed up over them."""
+    if target.backend == "interpreter":
+        return Config((("BLOCK_A", 16), ("BLOCK_B", 32)), 1, 1)
+    if prefixes > 1:
+        return Config((("BLOCK_A", 32), ("BLOCK_B", 32 if prefixes > 2 else 64)), 8, 1, registers=255)
+    most = (1024 if masked else 2048) >> (variant & 1)
+    block = 128
+    while block < min(columns, most):
+        block *= 2
+    return Config((("BLOCK_A", 1), ("BLOCK_B", block)), 8 if variant & 2 else 4, 1, registers=255)
+
+
+def _config(a: int, b: int, d: int, warps: int, stages: int) -> Config:
+    # Eight blocks of rows and the columns of a wave lie in L2 together.
+    tiles = (("BLOCK_A", a), ("BLOCK_B", b), ("BLOCK_D", d), ("GROUP", 8))
     return Config(tiles, warps, stages, registers=min(255, 2048 // warps))
-
-
-def slice_width(dimension: int, fma: bool, high_register_pressure: bool = False) -> int:
-    """Returns how many entries of a gradient one program of a sweep sums up: its accumulators stay in registers.
-
-    ``high_register_pressure``: masks, a guide or products in parts need some, too.
-    """
-    width = 16
-    while width < min(dimension, 128 if fma or high_register_pressure else 256):
-        width *= 2
-    return width
