@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbert_kernels import machine
+from sbert_kernels import machine, settings
 from sbert_kernels.bench import gpu, gpu_compile, gpu_pace, gpu_peers, gpu_rows, gpu_steps
 from sbert_kernels.bench.cases import gpu as gpu_cases
 from sbert_kernels.bench.cases import ranking
-from sbert_kernels.bench.gpu_jobs import FOUR, WAYS, Job, Training, gist, in_batch, plan, symmetric
+from sbert_kernels.bench.gpu_jobs import FOUR, Job, Training, gist, in_batch, plan, symmetric
 from sbert_kernels.bench.gpu_pace import Budget, Pace, Step
 from sbert_kernels.bench.gpu_steps import Bench
 from sbert_kernels.bench.peers import largest_error
@@ -81,7 +81,7 @@ def test_every_kind_of_job_is_planned() -> None:
     jobs = plan()
     assert {job.kind for job in jobs} == set(gpu_cases.KINDS) - set(gpu_cases.WITHOUT_JOBS)
     assert {job.kind for job in jobs if job.autocast} == {"parity", "contrastive"}
-    assert {job.way for job in jobs if job.kind == "parity"} == {None, *WAYS}
+    assert {job.way for job in jobs if job.kind == "parity"} == {None, *settings.WEIGHTS}
 
 
 def test_a_quick_run_is_a_part_of_the_whole() -> None:
@@ -344,9 +344,7 @@ def test_sigmoid_losses_are_timed_where_they_are_installed(bench: Bench, monkeyp
 # -- parity -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "job", [job for job in plan() if job.kind == "parity" and job.way is None], ids=lambda job: job.name
-)
+@pytest.mark.parametrize("job", [job for job in plan() if job.kind == "parity"], ids=lambda job: job.name)
 def test_parity_holds_where_no_kernel_is_in_play(bench: Bench, job: Job) -> None:
     size = {"rows": 70} if isinstance(job.case, ranking.Case) else {"batch": 70}
     with machine.matmul_precision("highest"):

@@ -33,8 +33,8 @@ def test_quick_run_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("case", "forward", "backward"),
     [
-        ("in-batch-64", (7, 620), (0, 7)),
-        ("in-batch-4096", (5, 455), (0, 7)),
+        ("in-batch-64", (6, 260), (0, 7)),
+        ("in-batch-4096", (6, 260), (0, 7)),
         ("cosent-1024", (2, 175), (1, 56)),
     ],
 )

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sbert_kernels import settings
 from sbert_kernels.bench.cases import contrastive, ranking
 from sbert_kernels.bench.cases.contrastive import FOUR_DIRECTIONS, MNR, SYMMETRIC
 
 PARITY_ROWS = 1000  # no multiple of any tile
 MATRYOSHKA = (768, 512, 256, 128, 64)
 NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
-WAYS = ("sweep", "weigh")  # of making the weights, as the setting "weights" names them
 OURS_COLUMN = {"parity": "ours error"}  # of a row; else it is "ours ms"
 # Seconds that have to be left for a job to begin, where nothing alike has been timed yet.
 LEAST_SECONDS = {
@@ -231,7 +231,7 @@ def _more_parity() -> list[Job]:
     """Returns the parity jobs of options, of both ways of making the weights, and of other types."""
     rows, dim = PARITY_ROWS, 384
     kinds: tuple[dict[str, Any], ...] = ({}, FLOAT32)
-    jobs = [Job("parity", in_batch(rows, dim, **kind), way=way) for kind in kinds for way in WAYS]
+    jobs = [Job("parity", in_batch(rows, dim, **kind), way=way) for kind in kinds for way in settings.WEIGHTS]
     for kind in kinds:
         jobs += [Job("parity", in_batch(rows, dim, **kind, **options)) for options in ({"negatives": 3}, FOUR)]
         jobs.append(Job("parity", in_batch(rows, dim, **kind), mask=True))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbert_kernels import machine
+from sbert_kernels import machine, settings
 from sbert_kernels.bench import contrastive, gpu_peers, gpu_training
-from sbert_kernels.bench.gpu_jobs import NOT_RUN, WAYS, Job, Training
+from sbert_kernels.bench.gpu_jobs import NOT_RUN, Job, Training
 from sbert_kernels.bench.gpu_pace import Make, Step, Timed, reason, release, timed
 from sbert_kernels.bench.gpu_steps import (
     Bench,
@@ -139,13 +139,13 @@ def weights_row(bench: Bench, job: Job) -> dict[str, Any]:
     def make(way: str | None) -> Make:
         return lambda: ours(bench, replace(job, way=way), step_of)
 
-    timings = _timed(bench, job, {"ours": make(None), **{way: make(way) for way in WAYS}}).timings
+    timings = _timed(bench, job, {"ours": make(None), **{way: make(way) for way in settings.WEIGHTS}}).timings
     row = job.columns | _columns(timings)
-    ran = [way for way in WAYS if timings[way].samples]
+    ran = [way for way in settings.WEIGHTS if timings[way].samples]
     if ran:
         faster = min(ran, key=lambda way: timings[way].median_s)
         row |= {"faster": faster, "ours/faster": timings["ours"].median_s / timings[faster].median_s}
-    errors = {way: timings[way].error or NOT_RUN for way in WAYS if not timings[way].samples}
+    errors = {way: timings[way].error or NOT_RUN for way in settings.WEIGHTS if not timings[way].samples}
     broken = [f"{way}: {error}" for way, error in errors.items() if not error.startswith(NOT_RUN)]
     return row | ({"note": "; ".join(broken)} if broken and "note" not in row else {})
 

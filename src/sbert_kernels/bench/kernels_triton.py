@@ -19,7 +19,6 @@ from sbert_kernels import machine, pairwise_similarity, ranking_loss, settings
 from sbert_kernels.backends.triton import launching, why_not_on
 from sbert_kernels.backends.triton.targets import BY_NAME, Gpu
 from sbert_kernels.bench.cases.kernels import TRITON, Case, Pairs, Products, chosen
-from sbert_kernels.bench.gpu_jobs import WAYS
 from sbert_kernels.bench.kernels import Item, Shape
 from sbert_kernels.bench.kernels_cpu import call_of, embeddings
 
@@ -54,6 +53,7 @@ KERNELS = {
     "redo": Kernel(untouched=("rows", "columns", "guide", "known", "weights")),
     "matrix_product": Kernel(multiplies=True, updated=("out",), updated_if="ADD"),
     "norms_backward": Kernel(updated=("gradient",)),
+    "add_rows": Kernel(updated=("gradient",)),
     "pair_gradients": Kernel(updated=("x_gradient",), updated_if="ADD"),
 }
 
@@ -78,7 +78,7 @@ class TritonKernels:
                 continue
             call, vectors = call_of(case, self.device)
             seen: set[Any] = set()
-            for way in WAYS if "weights" in settings.VARIABLES else (None,):
+            for way in settings.WEIGHTS:
                 yield from self._launches(case, _with_gradients(call, vectors), seen, way)
             if self.device.startswith("cuda"):
                 yield from _vendor_products(case, self.device)
