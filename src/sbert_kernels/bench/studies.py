@@ -96,6 +96,21 @@ STUDIES = {
             "note": "note",
         },
     ),
+    "host": Study(
+        "What a step of a loss costs the host of a GPU, measured without one: launches and products compute nothing. "
+        "Ours is the step without torch's own operations; a product and a mean take longer there than on a GPU.",
+        f"{BENCH} host",
+        {
+            "case": "case",
+            "ours us": "ours us",
+            "step us": "step us",
+            "launches, forward": "forward: launches",
+            "products": "forward: products",
+            "other kernels": "forward: other kernels",
+            "calls of Python": "forward: calls",
+            "other kernels, backward": "backward: other kernels",
+        },
+    ),
     "kernels": Study(
         "Each kernel alone, beside the vendor's product of the same shape, or a copy that reads and writes as many "
         "bytes. The peak of a GPU is its maker's, that of a CPU a large product and a large copy, measured. A kernel "
