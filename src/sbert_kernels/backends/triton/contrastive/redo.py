@@ -76,22 +76,7 @@ def redo(
     total = tl.zeros((BLOCK_A,), tl.float32)
     similarity_total = tl.zeros((BLOCK_A,), tl.float32)
     if tl.max(vanished.to(tl.int32), 0) > 0:
-        for begin in range(0, n_columns, BLOCK_B):
-            column = begin + tl.arange(0, BLOCK_B)
-            dot = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-            dot = similarities(
-                dot, rows, columns, row, column, n_rows, n_columns, width,
-                0, DIMS[0], BLOCK_D, PRECISION, OPERAND, WIDEN,
-            )  # fmt: skip
-            masked, duplicate = masks(rule, guide, row, column, n_rows, n_columns, False)
-            s, z = logits(
-                dot, 0, rows, columns, row, column, block * BLOCK_A, begin, n_rows, n_columns, rule, scale, guide,
-                masked, duplicate, EXCLUDED, EXCEPTIONS, HARD_EVERYWHERE, False, BLOCK_A, BLOCK_B,
-            )  # fmt: skip
-            maximum, total, similarity_total = add_online(
-                z, s, maximum, total, similarity_total, sums.similarity_total is not None
-            )
-        if weights is not None:
+        for pass_ in tl.static_range(2):  # the maximum, then the weights relative to it
             for begin in range(0, n_columns, BLOCK_B):
                 column = begin + tl.arange(0, BLOCK_B)
                 dot = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
@@ -104,12 +89,17 @@ def redo(
                     dot, 0, rows, columns, row, column, block * BLOCK_A, begin, n_rows, n_columns, rule, scale, guide,
                     masked, duplicate, EXCLUDED, EXCEPTIONS, HARD_EVERYWHERE, False, BLOCK_A, BLOCK_B,
                 )  # fmt: skip
-                e = tl.exp2(z - finite(maximum)[:, None])
-                w = weights_of(e, 0, rows, columns, row, column, n_rows, n_columns, rule, known, duplicate, False)
-                # A row beyond the last one is not written.
-                store_weights(
-                    weights, weights_stride, (w,), tl.where(vanished, row, n_rows), column, n_rows, n_columns, 0, 1
-                )  # fmt: skip
+                if pass_ == 0:
+                    maximum, total, similarity_total = add_online(
+                        z, s, maximum, total, similarity_total, sums.similarity_total is not None
+                    )
+                else:
+                    e = tl.exp2(z - finite(maximum)[:, None])
+                    w = weights_of(e, 0, rows, columns, row, column, n_rows, n_columns, rule, known, duplicate, False)
+                    # A row beyond the last one is not written.
+                    store_weights(
+                        weights, weights_stride, (w,), tl.where(vanished, row, n_rows), column, n_rows, n_columns, 0, 1
+                    )  # fmt: skip
     maximum = tl.where(vanished, maximum, known.shift * LOG2E)
     total = tl.where(vanished, total, sum_of_splits(swept.total, splits[1], splits[2], row, n_rows, BLOCK_A, BLOCK_S))
     if sums.similarity_total is not None:
