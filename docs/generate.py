@@ -23,7 +23,8 @@ names a variable that is misspelt.
 
 AFTER = """
 One more is read when the package is built: `SBERT_KERNELS_BUILD=1` makes `pip install` fail where it cannot compile the
-CPU kernels, `0` never compiles them then; see [On a CPU](cpu.md#where-the-compiled-kernels-come-from).
+CPU kernels, `0` never compiles them then; see [On a CPU](cpu.md#where-the-compiled-kernels-come-from), and
+[Packaging](packaging.md) for the CUDA kernels.
 
 ## For a block of code
 

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 
-from sbert_kernels import extension
+from sbert_kernels import native
 from support import ranks
 
 # A slow or busy machine is slow, and no less right: nothing here fails for the time it takes, unless it hangs.
@@ -136,7 +136,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
 @pytest.fixture(scope="session")
 def compiled() -> None:
     """Skips where the C++ kernels can't be compiled for want of a compiler; fails where they should load and don't."""
-    reason = extension.load()
-    if reason is not None and extension.why_not_compile() is not None:
+    reason = native.cpu.load()
+    if reason is not None and native.cpu.why_not_compile() is not None:
         pytest.skip(f"no compiled kernels: {reason}")
     assert reason is None, reason

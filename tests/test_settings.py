@@ -24,6 +24,9 @@ def test_environment_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variable", "text", "name", "wanted"),
     [
         ("SBERT_KERNELS_DISABLE", "maybe", "disable", "1 or 0"),
+        ("SBERT_KERNELS_CUDA", "maybe", "cuda", "1 or 0"),
+        ("SBERT_KERNELS_CUDA_ARCHS", "sm_90a", "cuda_archs", "names like 90a, with commas between them"),
+        ("SBERT_KERNELS_CUDA_ARCHS", "", "cuda_archs", "names like 90a, with commas between them"),
         ("SBERT_KERNELS_BLOCK_BYTES", "64MiB", "block_bytes", "a positive integer, a number of bytes"),
         ("SBERT_KERNELS_BLOCK_BYTES", "0", "block_bytes", "a positive integer, a number of bytes"),
         ("SBERT_KERNELS_WEIGHTS", "sweeps", "weights", "one of ['sweep', 'weigh']"),
@@ -86,6 +89,21 @@ def test_the_former_name_of_a_variable_is_still_read_and_says_once_what_to_set(
         "SBERT_KERNELS_PRODUCTS is the former name of SBERT_KERNELS_MATMUL: both are set, and SBERT_KERNELS_MATMUL is "
         "used. Unset SBERT_KERNELS_PRODUCTS."
     ]
+
+
+def test_cuda_is_asked_for_forbidden_or_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBERT_KERNELS_CUDA", raising=False)
+    read = [settings.get("cuda")]
+    for text in ("", "0", "1"):
+        monkeypatch.setenv("SBERT_KERNELS_CUDA", text)
+        read.append(settings.get("cuda"))
+    assert read == [None, None, False, True]
+
+
+def test_architectures_are_read_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("90a,100f", " 100F, 90a,90a "):
+        monkeypatch.setenv("SBERT_KERNELS_CUDA_ARCHS", text)
+        assert settings.get("cuda_archs") == "90a,100f"
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 _logged: set[tuple[str, str]] = set()
 
 
-def log_once(logger: logging.Logger, message: str) -> None:
-    """Logs a warning, once for each logger and message in this process."""
+def log_once(logger: logging.Logger, message: str, level: int = logging.WARNING) -> None:
+    """Logs a line, a warning if no other level is given, once for each logger and message in this process."""
     if (logger.name, message) not in _logged:
         _logged.add((logger.name, message))
-        logger.warning(message)
+        logger.log(level, message)
 
 
 def described(value: Any) -> str:

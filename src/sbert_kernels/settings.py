@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,19 @@ def _parse_flag(text: str) -> bool:
     if lowered in ("", "0", "false", "no", "off"):
         return False
     raise ValueError("1 or 0")
+
+
+def _parse_optional_flag(text: str) -> bool | None:
+    """Returns a flag as a bool, or None for an empty text."""
+    return _parse_flag(text) if text.strip() else None
+
+
+def _parse_architectures(text: str) -> str:
+    """Returns the names of GPU architectures as nvcc writes them after ``sm_``, in a fixed order, none twice."""
+    names = {name.strip().lower() for name in text.split(",") if name.strip()}
+    if not names or not all(re.fullmatch(r"[1-9]\d{1,2}[af]?", name) for name in names):
+        raise ValueError("names like 90a, with commas between them")
+    return ",".join(sorted(names, key=lambda name: (int(name.rstrip("af")), name)))
 
 
 def _parse_bytes(text: str) -> int:
@@ -94,17 +108,31 @@ VARIABLES: dict[str, Variable] = {
         "SBERT_KERNELS_BLOCK_BYTES",
         None,
         _parse_bytes,
-        "The most bytes of similarity matrices in memory at a time; unset is 64 MiB, or for the Triton kernels 512 MiB "
+        "The most bytes of similarity matrices in memory at a time; unset is 64 MiB, or for the GPU kernels 512 MiB "
         "and, where 4096 rows need more, up to a sixteenth of the GPU's memory.",
     ),
     "compile": Variable(
-        "SBERT_KERNELS_COMPILE", True, _parse_flag, "0 forbids compiling the CPU kernels on first use."
+        "SBERT_KERNELS_COMPILE", True, _parse_flag, "0 forbids compiling the CPU and CUDA kernels on first use."
+    ),
+    "cuda": Variable(
+        "SBERT_KERNELS_CUDA",
+        None,
+        _parse_optional_flag,
+        "1 uses the CUDA kernels where they serve, and compiles them where they are missing: into the wheel when one "
+        "is built, else on first use, which takes some minutes. Unset, those that are there serve calls that ask for "
+        "them (backend='cuda'), as they have not been timed on a card yet. 0 does without them.",
+    ),
+    "cuda_archs": Variable(
+        "SBERT_KERNELS_CUDA_ARCHS",
+        "90a",
+        _parse_architectures,
+        "The GPU architectures to compile the CUDA kernels for, with commas between them.",
     ),
     "cache": Variable(
         "SBERT_KERNELS_CACHE",
         None,
         _parse_name,
-        "Where compiled kernels are kept; unset is the user's cache directory.",
+        "Where compiled kernels, and what was found of them, are kept; unset is the user's cache directory.",
     ),
     "matmul": Variable(
         "SBERT_KERNELS_MATMUL",
@@ -120,13 +148,21 @@ VARIABLES: dict[str, Variable] = {
         None,
         _one_of(WEIGHTS),
         "How the Triton kernels make softmax weights: sweep (one kernel multiplies and weighs) or weigh (a kernel "
-        "weighs what the vendor's product wrote); unset takes the one that should be faster.",
+        "weighs what the vendor's product wrote); unset takes the one that should be faster. weigh leaves the CUDA "
+        "kernels out, which sweep.",
     ),
     "autotune": Variable(
         "SBERT_KERNELS_AUTOTUNE",
         False,
         _parse_flag,
         "1 times the ways and tile sizes of the Triton kernels at the first call of each kind and size.",
+    ),
+    "selfcheck": Variable(
+        "SBERT_KERNELS_SELFCHECK",
+        True,
+        _parse_flag,
+        "0 lets the kernels of a GPU serve without having been compared with torch operations on it, and after they "
+        "were found wrong.",
     ),
 }
 

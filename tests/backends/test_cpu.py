@@ -106,8 +106,8 @@ def test_runs_are_bitwise_equal_with_any_number_of_threads(
 
 RUN = """
 import sys, torch
-from sbert_kernels import contrastive_loss, extension, settings
-assert extension.load() is None, extension.load()
+from sbert_kernels import contrastive_loss, native, settings
+assert native.cpu.load() is None, native.cpu.load()
 assert torch.ops.sbert_kernels.cpu_instruction_set() == sys.argv[1]
 torch.manual_seed(0)
 queries, documents = (torch.randn(150, 70, requires_grad=True) for _ in range(2))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sbert_kernels import contrastive_loss, extension, machine, pairwise_similarity, ranking_loss, settings
+from sbert_kernels import contrastive_loss, machine, native, pairwise_similarity, ranking_loss, settings
 from sbert_kernels.backends.cpu.contrastive import bfloat16_instructions
 from sbert_kernels.bench.cases.kernels import CPU, Pairs, Products, chosen
 from sbert_kernels.bench.kernels import Item, Shape
@@ -27,7 +27,7 @@ class CpuKernels:
     device = "cpu"
 
     def __init__(self) -> None:
-        why_not = extension.load()
+        why_not = native.cpu.load()
         if why_not is not None:
             raise RuntimeError(f"the compiled CPU kernels are not there: {why_not}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from ... import extension
+from ... import native
 from ...problems.contrastive import ContrastiveProblem
 from .._backend import Backend, Operations, Problem
 
@@ -26,7 +26,11 @@ class CpuBackend(Backend):
 
         if operation == "contrastive":
             return contrastive.why_not(cast("ContrastiveProblem | None", problem))
-        return extension.load()
+        return native.cpu.load()
+
+    def library(self) -> str | None:
+        """Returns one line about the compiled library: where it lies, or why there is none."""
+        return native.cpu.describe()
 
     def load(self) -> Operations:
         """Imports the kernels and returns their modules."""

@@ -20,7 +20,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ... import extension, settings
+from ... import native, settings
 from ...problems.contrastive import LEAST_EXPONENT, ContrastiveProblem, ContrastiveResult, Needs
 from ...values import float32_matmul_precision
 from . import wire
@@ -46,7 +46,7 @@ def why_not(problem: ContrastiveProblem | None) -> str | None:
         return "float64 is computed in torch ops"
     if problem is not None and problem.guide_queries is not None and problem.guide_queries.dtype == torch.float64:
         return "the guide is float64"
-    return extension.load()
+    return native.cpu.load()
 
 
 def contrastive(problem: ContrastiveProblem, needs: Needs) -> ContrastiveResult:

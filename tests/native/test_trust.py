@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sbert_kernels import trust
+from sbert_kernels.native import trust
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is checked on Windows")
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
