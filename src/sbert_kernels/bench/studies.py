@@ -197,6 +197,20 @@ STUDIES = {
             "note": "note",
         },
     ),
+    "gpu-backends": Study(
+        "Forward and backward of the in-batch loss by each of our backends, at the sizes of the project's goals. Ours "
+        "is the backend that serves where none is asked for.",
+        f"{BENCH} gpu",
+        {
+            "case": "case",
+            "ours ms": "ours ms",
+            "by": "backend",
+            "CUDA library ms": "cuda ms",
+            "Triton kernels ms": "triton ms",
+            "Triton / ours": "triton/ours",
+            "note": "note",
+        },
+    ),
     "gpu-host": Study(
         "What the host takes for forward and backward of the in-batch loss if it waits for nothing, and whole steps "
         "that wait for the card. At small sizes the host's work is the step.",
@@ -294,6 +308,33 @@ STUDIES = {
                 "tensor cores",
                 "widest load",
                 "faults",
+            )
+        },
+    ),
+    "sass": Study(
+        "What the compiler made of the CUDA kernels for Hopper (sm_90a), without a GPU; nothing was run. Instructions "
+        "are those for each entry of the weights on the usual path of the epilogue. Clocks are a model, at full rates: "
+        "of a multiprocessor for a tile of 128 x 128. While one warp group multiplies, another one weighs, so that the "
+        "longer of the two counts.",
+        "python -m benchmarks.sass",
+        {
+            name: name
+            for name in (
+                "kernel",
+                "registers",
+                "spills",
+                "stages",
+                "HGMMA",
+                "TMA loads",
+                "TMA stores",
+                "instructions an entry",
+                "epilogue clocks",
+                "product clocks, D=768",
+                "product clocks, D=384",
+                "product clocks, D=128",
+                "bound, D=768",
+                "bound, D=384",
+                "bound, D=128",
             )
         },
     ),

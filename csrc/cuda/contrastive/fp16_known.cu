@@ -1,0 +1,5 @@
+#include "kernel.cuh"
+
+char const* sbert_kernels::contrastive::fp16_known(Call const& call) {
+  return launch<cutlass::half_t, Policy::known, false>(call);
+}
