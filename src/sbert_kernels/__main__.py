@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import __version__, demo
 from .bench import command as bench
+
+if TYPE_CHECKING:  # it imports torch
+    from .backends import Backend
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,15 +38,21 @@ def _info(_: argparse.Namespace) -> int:
     """Prints the facts about this machine, the backends of each operation, and the settings."""
     import torch
 
-    from . import backends, extension, machine, settings
+    from . import backends, machine, native, settings
 
     print(f"sbert-kernels {__version__}")
     for key, value in machine.facts().items():
         print(f"  {key}: {value}")
-    print(f"  compiled CPU kernels: {extension.describe()}")
-    if extension.load() is None:
-        print(f"  their instruction set: {torch.ops.sbert_kernels.cpu_instruction_set()}")
-        print(f"  their matmul precisions: {_cpu_precisions()}")
+    for backend in backends.BACKENDS:
+        try:
+            library = backend.library()
+        except ValueError as error:  # a setting that cannot be read
+            library = f"none ({error})"
+        if library is not None:
+            print(f"  compiled {backend.name.upper()} kernels: {library}")
+        if backend.name == "cpu" and native.cpu.load() is None:
+            print(f"    their instruction set: {torch.ops.sbert_kernels.cpu_instruction_set()}")
+            print(f"    their matmul precisions: {_cpu_precisions()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -51,6 +61,11 @@ def _info(_: argparse.Namespace) -> int:
     for device in devices:
         for operation in backends.OPERATIONS:
             _print_choice(operation, device, "" if len(devices) == 1 else f" on {device}")
+    if torch.cuda.is_available():
+        print("\nself-check of the kernels on the GPU")
+        for backend in backends.BACKENDS:
+            if backend.self_checked is not None:
+                print(f"  {backend.name}: {_self_check(backend)}")
     print("\nsettings")
     for name, variable in settings.VARIABLES.items():
         try:
@@ -59,6 +74,15 @@ def _info(_: argparse.Namespace) -> int:
             value = f"({error})"
         print(f"  {variable.environment} = {value}: {variable.meaning}")
     return 0
+
+
+def _self_check(backend: Backend) -> str:
+    """Returns what the self-check has found of a backend on the GPU, or why it does not serve there anyhow."""
+    import torch
+
+    from .backends import self_check
+
+    return backend.why_not_on("cuda", False) or self_check.state(backend, torch.device("cuda"))
 
 
 def _cpu_precisions() -> str:
@@ -81,7 +105,7 @@ def _print_choice(operation: str, device: str, where: str) -> None:
         return
     print(f"  {operation}{where}: {choice.backend.name} ({choice.reason})")
     for other in backends.BACKENDS:
-        if other is choice.backend:
+        if other is choice.backend or operation not in other.has_kernels_for:
             continue
         only = "" if other.automatic else "; only when asked for"
         reason = backends.why_not(other, operation, None, device=device)

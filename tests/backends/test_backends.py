@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sbert_kernels import contrastive_loss, cosent_loss, extension, use_backend
+from sbert_kernels import contrastive_loss, cosent_loss, native, use_backend
 from sbert_kernels.__main__ import main
-from sbert_kernels.backends import BACKENDS, OPERATIONS, choose
+from sbert_kernels.backends import BACKENDS, OPERATIONS, choose, self_check
+from sbert_kernels.backends import cuda as cuda_backend
 from sbert_kernels.backends import triton as triton_backend
 from sbert_kernels.backends.cpu import contrastive as cpu
 
@@ -56,23 +57,51 @@ def triton_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
 
 @pytest.fixture
 def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
-    """Pretends that there is a GPU of a compute capability, and kernels that serve everything on it."""
+    """Pretends that there is a GPU of a compute capability, and Triton kernels that serve everything on it."""
+
+    def forget() -> None:
+        triton_backend._why_not_on_gpu.cache_clear()
+        cuda_backend._why_not_gpu.cache_clear()
+        cuda_backend._why_not_driver.cache_clear()
 
     def pretend(*capability: int, hip: str | None = None) -> None:
-        triton_backend._why_not_on_gpu.cache_clear()
+        forget()
+        monkeypatch.setattr(cuda_backend.library, "load", lambda: "there is no library")
         properties = SimpleNamespace(gcnArchName=f"{hip}:sramecc+:xnack-")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(self_check, "why_not", lambda *_: None)
         for operation in OPERATIONS:
             kernels = SimpleNamespace(why_not=lambda problem: None)
             monkeypatch.setitem(sys.modules, f"{triton_backend.__name__}.{operation}", kernels)
             monkeypatch.setattr(triton_backend, operation, kernels, raising=False)
 
     yield pretend
-    triton_backend._why_not_on_gpu.cache_clear()
+    forget()
+
+
+@pytest.fixture
+def cuda_library(monkeypatch: pytest.MonkeyPatch, triton_is: Pretend, gpu_of: Pretend) -> Pretend:
+    """Pretends that there is a GPU, and the CUDA library with a driver that serves it; calls may have an obstacle."""
+
+    def pretend(
+        obstacle: str | None = None,
+        driver: str | None = None,
+        capability: tuple[int, int] = (9, 0),
+        asked_for: str = "1",
+    ) -> None:
+        gpu_of(*capability)
+        monkeypatch.setenv("SBERT_KERNELS_CUDA", asked_for)
+        monkeypatch.setattr(cuda_backend.library, "load", lambda: None)
+        monkeypatch.setattr(cuda_backend.library, "why_not_driver", lambda: driver)
+        kernels = SimpleNamespace(why_not=lambda problem: None if problem is None else obstacle)
+        monkeypatch.setitem(sys.modules, f"{cuda_backend.__name__}.contrastive", kernels)
+        monkeypatch.setattr(cuda_backend, "contrastive", kernels, raising=False)
+
+    return pretend
 
 
 def test_every_backend_has_the_operations_that_it_declares() -> None:
@@ -87,7 +116,8 @@ def test_every_backend_has_the_operations_that_it_declares() -> None:
         "            assert getattr(backend.operations, operation) is module, (backend.name, operation)\n"
         "        print(backend.name)"
     )
-    expected = [b.name for b in BACKENDS if b.name != "triton" or triton_backend.installed_version() is not None]
+    elsewhere = {"cuda", "triton"} if triton_backend.installed_version() is None else {"cuda"}  # runs on a GPU only
+    expected = [b.name for b in BACKENDS if b.name not in elsewhere]
     assert run_alone(code, TRITON_INTERPRET="1").split() == expected
 
 
@@ -113,7 +143,7 @@ def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_names_are_refused() -> None:
     with (
-        pytest.raises(ValueError, match=r"name='tritn' is not a backend: expected one of \['cpu', 'triton', 'blockw"),
+        pytest.raises(ValueError, match=r"name='tritn' is not a backend: expected one of \['cpu', 'cuda', 'triton', "),
         use_backend("tritn"),
     ):
         pass
@@ -197,10 +227,92 @@ def test_a_gpu_without_triton_is_served_by_torch_ops_and_one_line_says_so(
     assert line.startswith("The triton kernels are not in use: Triton is not installed. Torch operations compute")
 
 
+PROBLEM = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+
+
+def chosen(problem: object = PROBLEM) -> list[str]:
+    """Names of the backends that serve each operation, asked twice."""
+    return [choose(operation, problem=problem).backend.name for operation in OPERATIONS * 2][: len(OPERATIONS)]
+
+
+def test_the_cuda_library_serves_in_batch_losses_where_it_is_there(
+    cuda_library: Pretend, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda_library()
+    assert chosen() == ["cuda", "triton", "triton"]
+    assert choose("contrastive", "cuda", PROBLEM).backend.name == "cuda"
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: only the contrastive operation has"):
+        choose("ranking", "cuda", PROBLEM)
+    assert not caplog.messages  # what it has no kernel for is nothing to tell at each start
+
+
+def test_unasked_the_cuda_library_serves_by_name_alone(cuda_library: Pretend, caplog: pytest.LogCaptureFixture) -> None:
+    cuda_library(asked_for="")
+    assert chosen() == ["triton"] * 3
+    assert choose("contrastive", "cuda", PROBLEM).backend.name == "cuda"
+    assert "; not cuda: they have not been timed on a card yet" in choose("contrastive", problem=PROBLEM).reason
+    assert not caplog.messages
+
+
+def test_a_library_that_is_asked_for_and_not_there_is_told_once(
+    cuda_library: Pretend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda_library()
+    monkeypatch.setattr(cuda_backend.library, "load", lambda: "there is no nvcc")
+    assert chosen() == ["triton"] * 3
+    assert caplog.messages == [
+        "contrastive is not computed by the cuda kernels: there is no nvcc. The triton kernels compute it."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pretended", "reason"),
+    [
+        ({"capability": (8, 0)}, "the GPU's compute capability is 8.0, and the CUDA kernels are made for 9.0"),
+        ({"capability": (10, 0)}, "the GPU's compute capability is 10.0, and the CUDA kernels are made for 9.0"),
+    ],
+    ids=["older GPU", "newer GPU"],
+)
+def test_where_the_cuda_library_cannot_run_triton_serves_without_a_word(
+    cuda_library: Pretend, caplog: pytest.LogCaptureFixture, pretended: dict, reason: str
+) -> None:
+    cuda_library(**pretended)
+    assert chosen() == ["triton"] * 3
+    assert not caplog.messages
+    assert f"; not cuda: {reason}" in choose("contrastive", problem=PROBLEM).reason
+    with pytest.raises(ValueError, match=f"backend='cuda' cannot serve this call: {reason}"):
+        choose("contrastive", "cuda", PROBLEM)
+
+
+@pytest.mark.parametrize("obstacle", [{"obstacle": "guide_queries are given"}, {"driver": "the driver is too old"}])
+def test_what_the_cuda_library_leaves_to_triton_is_told_once(
+    cuda_library: Pretend, caplog: pytest.LogCaptureFixture, obstacle: dict
+) -> None:
+    cuda_library(**obstacle)
+    (reason,) = obstacle.values()
+    assert chosen() == ["triton"] * 3
+    assert caplog.messages == [
+        f"contrastive is not computed by the cuda kernels: {reason}. The triton kernels compute it."
+    ]
+    with pytest.raises(ValueError, match=f"backend='cuda' cannot serve this call: {reason}"):
+        choose("contrastive", "cuda", PROBLEM)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_where_triton_serves_nothing_either_one_line_tells(
+    cuda_library: Pretend, gpu_of: Pretend, triton_is: Pretend, caplog: pytest.LogCaptureFixture, library: bool
+) -> None:
+    cuda_library() if library else gpu_of(9, 0)
+    triton_is(None)
+    assert chosen() == ["blockwise"] * 3
+    (line,) = caplog.messages
+    assert line.startswith("The triton kernels are not in use: Triton is not installed. Torch operations compute")
+
+
 def test_without_compiled_kernels_one_line_says_why_what_computes_instead_and_what_it_costs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(extension, "load", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(native.cpu, "load", lambda: "there is no C++ compiler")
     x, labels = torch.randn(4, 3), torch.arange(4.0)
     for _ in range(2):
         contrastive_loss(x, x)
@@ -219,6 +331,7 @@ def test_float64_falls_back_with_one_line_in_the_log() -> None:
         "from sbert_kernels import backends\n"
         "logging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
         "backends.TritonBackend.why_not_on = lambda *_: None\n"
+        "backends.CudaBackend.why_not_on = lambda *_: 'there is no library'\n"
         "cuda, labels = torch.device('cuda'), torch.ones(1)\n"
         "problem = SimpleNamespace(device=cuda, dtype=torch.float64, scores=[0.0], labels=labels)\n"
         "for operation in backends.OPERATIONS:\n"

@@ -28,6 +28,7 @@ class TritonBackend(Backend):
     name = "triton"
     summary = "fused kernels on a GPU"
     device = "cuda"
+    self_checked = "quickly"
 
     def why_not_on(self, device: str, by_name: bool) -> str | None:
         """Returns why it cannot run on a device ("cuda:0"), or None if it can."""

@@ -45,7 +45,7 @@ class Call:
         plan = program.plan
         self.program, self.plan, self.problem = program, plan, problem
         self.workspace = Workspace(plan.workspace_bytes, problem.device)
-        memory = self.workspace.tensors(plan.buffers)
+        memory = self.memory = self.workspace.tensors(plan.buffers)
         self.losses = memory["losses"]
         self.scale_gradient = memory.get("scale_gradient")
         self.d_positives = {name: memory[name] for name in plan.d_positives}  # (K, N) each

@@ -73,10 +73,11 @@ class Norms:
         dims: tuple[int, ...],
         zero_norm_gives_zero: bool,
     ) -> None:
+        config = tiles.rows_config(plan.target)
         self.start = Prepared(
             norms_forward,
-            (cdiv(documents.rows, tiles.NORMS["BLOCK_ROWS"]),),
-            config=tiles.NORMS,
+            (cdiv(documents.rows, config["BLOCK_ROWS"]),),
+            config=config,
             m=documents.rows,
             n=queries.rows,
             offset=offset,
@@ -112,10 +113,11 @@ class Finish:
     def __init__(self, plan: Plan, operand: OperandPlan, partner: str | None, partner_begin: int, offset: int) -> None:
         self.partner, self.partner_begin, self.width = partner, partner_begin, plan.width
         self.paired = partner is not None and "d_positive" in plan.d_positives
+        config = tiles.rows_config(plan.target)
         self.start = Prepared(
             norms_backward,
-            (cdiv(operand.rows, tiles.NORMS["BLOCK_ROWS"]),),
-            config=tiles.NORMS,
+            (cdiv(operand.rows, config["BLOCK_ROWS"]),),
+            config=config,
             gradient_stride=plan.dims[-1],
             rows=operand.rows,
             n=plan.n if self.paired else 0,

@@ -92,7 +92,7 @@ class ChunkPlan:
     begin: int
     end: int
     sweeps: tuple[SweepPlan, ...]  # one pass, or the first of two
-    weights: tuple[SweepPlan, ...]  # the second pass, which writes weights; empty if the first one does
+    weights: tuple[SweepPlan, ...]  # the second pass, which writes weights; empty if the first one does, or nobody
     redo: tuple[SweepPlan, ...]  # of rows whose sum vanished beside the constant; empty if none can
     # For each term: its product is the first for the gradient of its columns, and writes all of it instead of adding.
     overwrites: tuple[bool, ...]

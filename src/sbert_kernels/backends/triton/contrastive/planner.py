@@ -17,7 +17,7 @@ the sums, and a second one writes probabilities. Without gradients, the sums are
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def make_plan(
         way: "sweep" or "weigh"; None takes the one that should be faster.
         variant: One of `tiles.VARIANTS`.
     """
-    return _Planner(problem, needs, target, way, variant).plan()
+    return Planner(problem, needs, target, way, variant).plan()
 
 
 def precision_of(problem: ContrastiveProblem, target: Target) -> MatmulPrecision:
@@ -89,35 +89,42 @@ def padded(columns: int) -> int:
     return cdiv(columns, 32) * 32
 
 
-class _Planner:
-    """Decides the parts of a plan, and holds what several of them need."""
+class Planner:
+    """Decides the parts of a plan, and holds what several of them need.
+
+    What is decided otherwise for other kernels that make weights are the methods without an underscore.
+    """
 
     def __init__(
-        self, problem: ContrastiveProblem, needs: Needs, target: Target, way: str | None, variant: int
+        self, problem: ContrastiveProblem, needs: Needs, target: Target, way: str | None = None, variant: int = 0
     ) -> None:
         self.problem, self.needs, self.target, self.variant = problem, needs, target, variant
         self.precision = precision_of(problem, target)
         self.n, self.prefixes = len(problem.queries), len(problem.dims)
         self.largest_weight = max(map(abs, problem.dim_weights)) or 1.0
         self.prefix_weights = tuple(weight / self.largest_weight for weight in problem.dim_weights)
+        self.has_coefficient = problem.weights is not None or self.prefix_weights != (1.0,)
         self.softmaxes = problem.softmaxes()
         self.terms = tuple(term for terms in self.softmaxes for term in terms)
         self.masked = is_masked(self.terms)
         self.gathered = problem.all_queries is not None and any(term.columns_are_queries for term in self.terms)
-        self.way = way or self._faster_way()
+        self.way = way or self.faster_way()
         self.operands = {
             "queries": self._operand((problem.queries,), needs.queries),
             "documents": self._operand(problem.documents, needs.documents),
         }
         if self.gathered and problem.all_queries is not None:
             self.operands["all_queries"] = self._operand((problem.all_queries,), needs.all_queries)
-        self.row_terms = [self._rows_name(term) for term in self.terms]
-        self.column_terms = [self._columns_name(term) for term in self.terms]
+        multiplied = self.multiplied_terms()
+        self.row_names = [self._rows_name(term) for term in multiplied]
+        self.column_names = [self._columns_name(term) for term in multiplied]
         self.started = {name for name in self.operands if self._rows_alone(name)}  # written to, or need no first write
         self.zeroed: set[str] = set()
         self.layout = Layout()
-        self.divided_later = needs.vectors and self._divided_later(self.way)
-        self.online = self._online(self.way, self.divided_later)
+        self.divided_later = needs.vectors and self.divides_later(self.way)
+        self.online = self.finds_maximum(self.way, self.divided_later)
+        # Beside a constant, rows whose sum vanished are done again.
+        self.redoes = problem.sums_may_vanish and not self.online
 
     def plan(self) -> Plan:
         """Returns the plan."""
@@ -125,13 +132,14 @@ class _Planner:
         guide = None
         if problem.guide_queries is not None:
             guide = (self._guide_operand((problem.guide_queries,)), self._guide_operand(problem.guide_documents))
-        buffers = self._buffers(guide)
+        buffers = self.buffers(guide)
         softmaxes = tuple(self._softmax(terms, index) for index, terms in enumerate(self.softmaxes))
         operands = {
             name: replace(operand, rows_alone=self._rows_alone(name), zeroed=name in self.zeroed)
             for name, operand in self.operands.items()
         }
-        return Plan(
+        plan_type = self.plan_type(softmaxes)
+        return plan_type(
             target=self.target,
             precision=self.precision,
             way=self.way,
@@ -158,7 +166,11 @@ class _Planner:
             workspace_bytes=self.layout.bytes,
         )
 
-    def _faster_way(self) -> str:
+    def plan_type(self, softmaxes: tuple[SoftmaxPlan, ...]) -> Callable[..., Plan]:
+        """Returns what makes the plan of its parts; called before the workspace is measured, so it may still grow."""
+        return Plan
+
+    def faster_way(self) -> str:
         """Returns the way asked for, or the one that the cost model expects to be faster."""
         asked_for = settings.get("weights")
         if self.problem.guided:  # a kernel with two products would have registers for neither
@@ -167,10 +179,14 @@ class _Planner:
             return "weigh"
         return asked_for or min(settings.WEIGHTS, key=self._seconds)
 
+    def multiplied_terms(self) -> tuple[Term, ...]:
+        """Returns the terms whose weights are multiplied, each for the gradients of its rows and its columns."""
+        return self.terms
+
     def _seconds(self, way: str) -> float:
         if way == "sweep" and (self.precision.fma or self.precision.split):
             return float("inf")  # without tensor cores Triton's products take four times as long as the vendor's
-        passes = 1 if self._divided_later(way) and not (way == "weigh" and self._online(way, True)) else 2
+        passes = 1 if self.divides_later(way) and not (way == "weigh" and self.finds_maximum(way, True)) else 2
         weight_bytes = self.precision.dtype.itemsize
         return sum(
             accounting(
@@ -181,12 +197,12 @@ class _Planner:
                 way,
                 passes=passes,
                 gradients=self.needs.vectors,
-                chunk_rows=chunk_rows(self.n, self._row_bytes(way), self.target),
+                chunk_rows=chunk_rows(self.n, self.row_bytes(way), self.target),
             ).seconds(self.target.gpu, self.precision.rate)
             for term in self.terms
         )
 
-    def _divided_later(self, way: str) -> bool:
+    def divides_later(self, way: str) -> bool:
         """Returns True if weights may be written before their sum is known, and the rows' factors applied later."""
         if self.prefixes > 1 or any(term.duplicates == "positive" for term in self.terms):
             return False  # one matrix holds weights of several sums; or has entries that are no exponentials
@@ -194,13 +210,13 @@ class _Planner:
             return False  # rows of any length times a lifted factor may leave fp16
         return way == "weigh" or (self.problem.bounded and not self.precision.lift)
 
-    def _online(self, way: str, divided_later: bool) -> bool:
+    def finds_maximum(self, way: str, divided_later: bool) -> bool:
         """Returns True if each row's maximum must be found: no constant serves, or a sum might vanish beside it."""
         if not self.problem.bounded or (divided_later and self.precision.lift):
             return True
         if way == "weigh" and not divided_later:
             return True  # of two passes, the first one may as well find it
-        # `redo` does the rows again that vanish in a sweep whose weights are divided later.
+        # A sweep whose weights are divided later may do the rows again that vanish.
         return self.problem.sums_may_vanish and not (divided_later and way == "sweep")
 
     # -- operands and memory -------------------------------------------------------------------------------------------
@@ -212,7 +228,7 @@ class _Planner:
         return "documents" if not term.columns_are_queries else "all_queries" if self.gathered else "queries"
 
     def _rows_alone(self, name: str) -> bool:
-        return self.row_terms.count(name) == 1 and name not in self.column_terms and self.operands[name].rows == self.n
+        return self.row_names.count(name) == 1 and name not in self.column_names and self.operands[name].rows == self.n
 
     def _operand(self, parts: tuple[Tensor, ...], need: bool) -> OperandPlan:
         cosine, dtype = self.problem.cosine, self.precision.dtype
@@ -233,7 +249,7 @@ class _Planner:
         rows, width = sum(map(len, parts)), parts[0].shape[1]
         return OperandPlan(rows, width, torch.float32, unit_length=False, cosine=True, need=False, radial=False)
 
-    def _buffers(self, guide: tuple[OperandPlan, OperandPlan] | None) -> tuple[Buffer, ...]:
+    def buffers(self, guide: tuple[OperandPlan, OperandPlan] | None) -> tuple[Buffer, ...]:
         """Returns the memory of the whole call; the chunks' begins behind it."""
         add, k, n = self.layout.add, self.prefixes, self.n
         found = [add("positive", k, n), add("losses", n)]
@@ -258,7 +274,7 @@ class _Planner:
         self.layout.begin_chunks()
         return tuple(found)
 
-    def _row_bytes(self, way: str) -> int:
+    def row_bytes(self, way: str) -> int:
         """Returns the memory that a row of all terms takes, of one softmax at most; 1 if it takes none."""
 
         def of(term: Term) -> int:
@@ -295,7 +311,7 @@ class _Planner:
             terms=planned,
             add=index > 0,
             divided_later=self.divided_later,
-            chunks=tuple(self._chunks(planned)),
+            chunks=tuple(self.chunks(planned)),
             positives=positives,
             d_positives=d_positives,
             add_d_positive=gradients and index > 0 and d_positives[0] != "d_gathered_positive",
@@ -313,25 +329,17 @@ class _Planner:
             hardness_exceptions=Diagonals.of(term.hardness_exceptions),
         )
 
-    def _chunks(self, terms: tuple[TermPlan, ...]) -> Iterator[ChunkPlan]:
-        row_bytes = self._row_bytes(self.way)
+    def chunks(self, terms: tuple[TermPlan, ...]) -> Iterator[ChunkPlan]:
+        """Yields the chunks of the rows of a softmax."""
+        row_bytes = self.row_bytes(self.way)
         step = self.n if row_bytes == 1 else chunk_rows(self.n, row_bytes, self.target)
         known: dict[int, tuple[Any, ...]] = {}
         for begin in range(0, self.n, step):
             end = min(begin + step, self.n)
             n = end - begin
             if n not in known:
-                # As in any matrix product, a program of a sweep that writes weights computes one tile.
-                sweeps = tuple(self._sweep(term, n, one_tile=self.divided_later) for term in terms)
-                second: tuple[SweepPlan, ...] = ()
-                if self.needs.vectors and not self.divided_later:
-                    second = tuple(self._sweep(term, n, one_tile=True) for term in terms)
-                redo: tuple[SweepPlan, ...] = ()
-                if self.divided_later and self.way == "sweep" and self.problem.sums_may_vanish:
-                    config = tiles.redo_config(self.target, self.precision)
-                    redo = tuple(SweepPlan(config, cdiv(n, config["BLOCK_A"]), 1, term.term.columns) for term in terms)
-                buffers = self._chunk_buffers(terms, n, sweeps, second, bool(redo))
-                known[n] = (sweeps, second, redo, buffers)
+                passes = self.passes(terms, n)
+                known[n] = (*passes, self.chunk_buffers(terms, n, *passes[:2]))
             sweeps, second, redo, buffers = known[n]
             yield ChunkPlan(
                 begin,
@@ -342,6 +350,21 @@ class _Planner:
                 tuple(map(self._overwrites, terms)) if self.needs.vectors else (),
                 buffers,
             )
+
+    def passes(
+        self, terms: tuple[TermPlan, ...], n: int
+    ) -> tuple[tuple[SweepPlan, ...], tuple[SweepPlan, ...], tuple[SweepPlan, ...]]:
+        """Returns the passes over a chunk of n rows: the first, the second, and that which does rows again."""
+        # As in any matrix product, a program of a sweep that writes weights computes one tile.
+        sweeps = tuple(self.sweep(term, n, one_tile=self.divided_later) for term in terms)
+        second: tuple[SweepPlan, ...] = ()
+        if self.needs.vectors and not self.divided_later:
+            second = tuple(self.sweep(term, n, one_tile=True) for term in terms)
+        redo: tuple[SweepPlan, ...] = ()
+        if self.redoes:
+            config = tiles.redo_config(self.target, self.precision)
+            redo = tuple(SweepPlan(config, cdiv(n, config["BLOCK_A"]), 1, term.term.columns) for term in terms)
+        return sweeps, second, redo
 
     def _overwrites(self, term: TermPlan) -> bool:
         """Follows which gradients have been written to, in the order of a run: rows, then columns, term by term."""
@@ -354,7 +377,7 @@ class _Planner:
             self.zeroed.add(name)
         return False
 
-    def _sweep(self, term: TermPlan, n: int, *, one_tile: bool) -> SweepPlan:
+    def sweep(self, term: TermPlan, n: int, *, one_tile: bool) -> SweepPlan:
         """Returns how some rows of a term are divided; ``one_tile``: each program of a sweep computes one tile."""
         m = term.term.columns
         if self.way == "weigh":
@@ -378,13 +401,12 @@ class _Planner:
         columns_per_program = cdiv(column_blocks, splits) * config["BLOCK_B"]
         return SweepPlan(config, blocks, cdiv(m, columns_per_program), columns_per_program)
 
-    def _chunk_buffers(
+    def chunk_buffers(
         self,
         terms: tuple[TermPlan, ...],
         n: int,
         sweeps: tuple[SweepPlan, ...],
         second: tuple[SweepPlan, ...],
-        redo: bool,
     ) -> tuple[Buffer, ...]:
         """Returns the memory of a chunk of n rows; names end with the number of the term where each has its own."""
         add, k, gradients = self.layout.add, self.prefixes, self.needs.vectors
@@ -398,12 +420,12 @@ class _Planner:
         if any(term.term.duplicates == "positive" for term in terms):
             found += [add(name, splits, k, n) for name in ("duplicate_count", "duplicate_similarity_total")]
             found.append(add("positive_share", k, n))
-        if redo:
+        if self.redoes:
             found += [add(f"redone.{name}", len(terms), 1, n) for name in ("maximum", "total", "similarity_total")]
         if not gradients:
             return tuple(found + self._dots(terms, n))
         found.append(add("logsumexp", k, n))
-        if self.problem.weights is not None or self.prefix_weights != (1.0,):
+        if self.has_coefficient:
             found.append(add("coefficient", k, n))
         dtype, width = self.precision.dtype, self.problem.dims[-1]
         if self.divided_later:

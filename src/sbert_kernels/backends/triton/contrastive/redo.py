@@ -3,8 +3,8 @@
 One constant serves all rows as long as the largest logit of a row is not far below it (see `problems.contrastive`). A
 row where it is, is rare: all of its columns, and its positive, point away from it. This kernel adds up the splits of
 each row, the positive included. A block of rows none of which vanished ends there; it has read some numbers, and nobody
-has waited for it. Otherwise the block computes its similarities again, twice: for the maximum of its vanished rows,
-and for their weights relative to it.
+has waited for it. Otherwise the block computes its similarities again: for the maximum of its vanished rows, and once
+more for their weights relative to it, if there are weights.
 
 It leaves sums of one split in the form of `Sums`: relative to the constant, or to the maximum of a row done again.
 """
@@ -44,7 +44,7 @@ def redo(
     positives,  # similarities of one or two positive pairs: (n_rows,), and (n_rows,) or None
     known,  # Known: the constant that `sweep` subtracted from the logits
     sums,  # Sums of one split
-    weights,  # (1, n_rows, n_columns), of which the vanished rows are written again
+    weights,  # (1, n_rows, n_columns), of which the vanished rows are written again; None: not wanted
     weights_stride,
     DIMS: tl.constexpr,  # (D,); these as in `sweep`
     DIAGONALS: tl.constexpr,  # (EXCLUDED, EXCEPTIONS)
@@ -58,6 +58,7 @@ def redo(
     BLOCK_S: tl.constexpr,  # splits that are added up at once
 ):
     """Adds up the splits of each row, and computes the rows again whose sum vanished."""
+    PASSES: tl.constexpr = 2 if weights is not None else 1
     EXCLUDED: tl.constexpr = DIAGONALS[0]
     EXCEPTIONS: tl.constexpr = DIAGONALS[1]
     block = tl.program_id(0)
@@ -76,7 +77,7 @@ def redo(
     total = tl.zeros((BLOCK_A,), tl.float32)
     similarity_total = tl.zeros((BLOCK_A,), tl.float32)
     if tl.max(vanished.to(tl.int32), 0) > 0:
-        for pass_ in tl.static_range(2):  # the maximum, then the weights relative to it
+        for pass_ in tl.static_range(PASSES):  # the maximum, then the weights relative to it
             for begin in range(0, n_columns, BLOCK_B):
                 column = begin + tl.arange(0, BLOCK_B)
                 dot = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)

@@ -13,7 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..launching import Prepared, cdiv
+from . import tiles
 from .epilogue import LARGEST, LOG2E
+from .plan import Plan
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -84,3 +87,17 @@ def add_rows(
         x = tl.load(found + row.to(tl.int64)[:, None] * width + d[None, :], mask=mask, other=0.0)
         to = gradient + row.to(tl.int64)[:, None] * gradient_stride + d[None, :]
         tl.store(to, tl.load(to, mask=mask, other=0.0) + (x * c[:, None]) * f[:, None], mask=mask)
+
+
+def prepared_scale_rows(plan: Plan, n: int) -> Prepared:
+    """Returns the launch of `scale_rows` for n rows."""
+    config = tiles.rows_config(plan.target)
+    grid = (cdiv(n, config["BLOCK_ROWS"]),)
+    return Prepared(scale_rows, grid, config=config, n_rows=n, width=plan.dims[-1], ROW_LIFT=plan.row_lift)
+
+
+def prepared_add_rows(plan: Plan, n: int) -> Prepared:
+    """Returns the launch of `add_rows` for n rows."""
+    config, width = tiles.rows_config(plan.target), plan.dims[-1]
+    grid = (cdiv(n, config["BLOCK_ROWS"]),)
+    return Prepared(add_rows, grid, config=config, gradient_stride=width, n_rows=n, width=width)

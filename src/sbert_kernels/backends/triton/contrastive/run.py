@@ -6,22 +6,38 @@ hold the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from ....problems.contrastive import ContrastiveProblem, ContrastiveResult
 from .call import Call, CallProgram
 from .plan import Plan
 from .softmax import ChunkProgram
 
 
+class Step(Protocol):
+    """A part of a call between what is done once before and after: a chunk of rows, say."""
+
+    def run(self, call: Call) -> None:
+        """Computes losses, and adds to the gradients."""
+
+
 class Program:
-    """Runs a plan: knows all launches, of which each call gives the tensors. Made once a plan, and holds no tensor."""
+    """Runs a plan: knows all launches, of which each call gives the tensors. Made once a plan, and holds no tensor.
+
+    Other kernels that make weights are launched by a subclass, whose `steps_of` returns their steps.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self.call = CallProgram(plan)
-        self.chunks = [ChunkProgram(plan, softmax, chunk) for softmax in plan.softmaxes for chunk in softmax.chunks]
+        self.call, self.steps = CallProgram(plan), self.steps_of(plan)
+
+    def steps_of(self, plan: Plan) -> Sequence[Step]:
+        """Returns the steps of a plan in their order."""
+        return [ChunkProgram(plan, softmax, chunk) for softmax in plan.softmaxes for chunk in softmax.chunks]
 
     def run(self, problem: ContrastiveProblem) -> ContrastiveResult:
         """Returns loss and gradients of a problem that this plan was made for."""
         call = Call(self.call, problem)
-        for chunk in self.chunks:
-            chunk.run(call)
+        for step in self.steps:
+            step.run(call)
         return call.result()

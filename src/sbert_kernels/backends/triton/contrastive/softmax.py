@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ....problems.contrastive import LEAST_EXPONENT
-from ..launching import Prepared, cdiv
-from . import tiles
+from ..launching import Prepared
 from .arguments import NO_GUIDE, NO_SUMS, Guide, Known, Rule, Sums
 from .call import Call
 from .multiply import multiply
 from .plan import ChunkPlan, Diagonals, Plan, SoftmaxPlan, SweepPlan
 from .precision import FULL
 from .redo import redo
-from .rows import add_rows, scale_rows
-from .softmax_statistics import softmax_statistics
+from .rows import prepared_add_rows, prepared_scale_rows
+from .statistics import Statistics
 from .sweep import sweep
 from .weigh import weigh
 
 Memory = dict[str, Tensor]
+# What starts a pass: it is called with rows, columns, rule, guide, known, sums and weights, all by their names.
+Pass = Callable[..., None]
 
 
 class TermProgram:
-    """Knows the launches and products of one term for a chunk of rows."""
+    """Knows the launches and products of one term for a chunk of rows.
+
+    Other kernels that make weights are launched by a subclass, whose `make_pass` returns them.
+    """
 
     def __init__(self, plan: Plan, softmax: SoftmaxPlan, chunk: ChunkPlan, index: int, first_split: int) -> None:
         self.plan, self.term, self.index = plan, softmax.terms[index], index
@@ -35,22 +40,19 @@ class TermProgram:
         # Of the rows among the vectors of their name.
         self.rows_begin = self.term.row_begin + chunk.begin
         self.rows_end = self.rows_begin + self.n
-        self.splits = slice(first_split, first_split + chunk.sweeps[index].splits)
+        self.splits = slice(first_split, first_split + (chunk.sweeps[index].splits if chunk.sweeps else 0))
         self.excluded = _from(self.term.excluded, chunk.begin)
         self.exceptions = _from(self.term.hardness_exceptions, chunk.begin)
         self.own_column = rule.own_column + chunk.begin
         self.weights, self.dots, self.guide_dots = (f"{name}.{index}" for name in ("weights", "dots", "guide.dots"))
         self.overwrites = bool(chunk.overwrites) and chunk.overwrites[index]
-        self.first = self._pass(chunk, chunk.sweeps[index], softmax.divided_later)
-        self.second = self._pass(chunk, chunk.weights[index], True) if chunk.weights else None
+        self.first = self.make_pass(chunk, chunk.sweeps[index], softmax.divided_later) if chunk.sweeps else None
+        self.second = self.make_pass(chunk, chunk.weights[index], True) if chunk.weights else None
         self.redo = self._prepared_redo(chunk, sum(part.splits for part in chunk.sweeps)) if chunk.redo else None
-        on_rows: dict[str, Any] = {"n_rows": self.n, "width": plan.dims[-1]}
-        grid = (cdiv(self.n, tiles.NORMS["BLOCK_ROWS"]),)
-        self.scale_rows = Prepared(scale_rows, grid, config=tiles.NORMS, ROW_LIFT=plan.row_lift, **on_rows)
-        self.add_rows = Prepared(add_rows, grid, config=tiles.NORMS, gradient_stride=plan.dims[-1], **on_rows)
+        self.scale_rows, self.add_rows = prepared_scale_rows(plan, self.n), prepared_add_rows(plan, self.n)
 
-    def _pass(self, chunk: ChunkPlan, part: SweepPlan, writes: bool) -> Prepared:
-        """Returns a launch of `sweep` or `weigh`."""
+    def make_pass(self, chunk: ChunkPlan, part: SweepPlan, writes: bool) -> Pass:
+        """Returns what starts a pass over the columns; ``writes``: it writes weights, and not only sums."""
         plan, term = self.plan, self.term
         strides = {buffer.name: buffer.strides[1] for buffer in chunk.buffers if len(buffer.strides) == 3}
         fixed: dict[str, Any] = {
@@ -71,6 +73,7 @@ class TermProgram:
 
     def _prepared_redo(self, chunk: ChunkPlan, splits: int) -> Prepared:
         term, part = self.term, chunk.redo[self.index]
+        strides = [buffer.strides[1] for buffer in chunk.buffers if buffer.name == self.weights]
         return Prepared(
             redo,
             part.grid,
@@ -81,7 +84,7 @@ class TermProgram:
             guide=NO_GUIDE,
             least=math.exp(LEAST_EXPONENT),
             splits=(splits, self.splits.start, self.splits.stop),
-            weights_stride=next(buffer.strides[1] for buffer in chunk.buffers if buffer.name == self.weights),
+            weights_stride=strides[0] if strides else 0,
             DIMS=self.plan.dims,
             DIAGONALS=(term.excluded.count, term.hardness_exceptions.count),
             HARD_EVERYWHERE=term.term.hard_everywhere,
@@ -91,11 +94,21 @@ class TermProgram:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def run_pass(
-        self, prepared: Prepared, call: Call, memory: Memory, known: Known, sums: Sums, weights: Tensor | None
+        self,
+        start: Pass | None,
+        call: Call,
+        memory: Memory,
+        *,
+        known: Known,
+        sums: Sums = NO_SUMS,
+        weights: Tensor | None = None,
+        **others: Tensor | None,
     ) -> None:
-        """Starts `sweep` or `weigh`."""
-        arguments: dict[str, Any] = {"dots": memory[self.dots]} if self.plan.way == "weigh" else {}
-        prepared(
+        """Starts the first pass or the second; ``others`` are arguments that only some kernels have."""
+        assert start is not None  # the chunk's plan has it
+        if self.plan.way == "weigh":
+            others["dots"] = memory[self.dots]
+        start(
             rows=call.side(self.term.rows, self.rows_begin, self.rows_end),
             columns=call.side(self.term.columns, 0, self.m),
             rule=self.rule(call),
@@ -103,7 +116,7 @@ class TermProgram:
             known=known,
             sums=sums,
             weights=weights,
-            **arguments,
+            **others,
         )
 
     def rule(self, call: Call) -> Rule:
@@ -211,33 +224,18 @@ class TermProgram:
 class ChunkProgram:
     """Knows the launches and products of one softmax for a chunk of rows; made once a plan, and holds no tensor."""
 
+    Term: type[TermProgram] = TermProgram
+
     def __init__(self, plan: Plan, softmax: SoftmaxPlan, chunk: ChunkPlan) -> None:
         self.plan, self.softmax, self.chunk = plan, softmax, chunk
-        self.n, self.splits = chunk.end - chunk.begin, sum(part.splits for part in chunk.sweeps)
-        self.terms, begin = [], 0
+        self.n, splits = chunk.end - chunk.begin, 0
+        self.terms: list[TermProgram] = []
         for index, part in enumerate(chunk.sweeps):
-            self.terms.append(TermProgram(plan, softmax, chunk, index, begin))
-            begin += part.splits
+            self.terms.append(self.Term(plan, softmax, chunk, index, splits))
+            splits += part.splits
         self.counts = any(term.term.duplicates == "positive" for term in softmax.terms)
-        self.statistics = Prepared(
-            softmax_statistics,
-            (cdiv(self.n, tiles.SOFTMAX_STATISTICS["BLOCK_N"]),),
-            config=tiles.SOFTMAX_STATISTICS,
-            n=self.n,
-            splits=len(self.terms) if chunk.redo else self.splits,
-            **self._positive_strides(),
-            d_positive_stride=plan.n,
-            WEIGHTS=plan.prefix_weights,
-            ADD=softmax.add,
-            ADD_D_POSITIVE=softmax.add_d_positive,
-        )
-
-    def _positive_strides(self) -> dict[str, int]:
-        """Returns how far prefixes of the positives' similarities are apart; the gathered ones are of all ranks."""
-        everyone = self.plan.all_queries
-        strides = {"positive": self.plan.n, "gathered_positive": 0 if everyone is None else everyone.rows}
-        first, second = (*(strides[name] for name in self.softmax.positives), 0)[:2]
-        return {"positive_stride": first, "second_positive_stride": second}
+        splits = len(self.terms) if chunk.redo else splits
+        self.statistics = Statistics(plan, softmax, chunk.begin, chunk.end, splits)
 
     def run(self, call: Call) -> None:
         """Computes losses of the rows of the chunk, and adds to the gradients what their weights give."""
@@ -250,12 +248,14 @@ class ChunkProgram:
             if self.plan.way == "weigh":
                 term.multiply(call, memory)
             weights = memory[term.weights] if divided_later else None
-            term.run_pass(term.first, call, memory, call.shift_alone, self._sums_of(term, sums), weights)
+            term.run_pass(
+                term.first, call, memory, known=call.shift_alone, sums=self._sums_of(term, sums), weights=weights
+            )
         if self.chunk.redo:
             sums = self._redo(call, memory, sums)
-        self._run_statistics(call, memory, sums)
+        self.statistics(call, memory, sums)
         if self.chunk.weights:
-            self._write_probabilities(call, memory)
+            self.write_weights(call, memory)
         if not self.plan.gradients:
             return
         for term in self.terms:
@@ -276,7 +276,7 @@ class ChunkProgram:
 
     def _redo(self, call: Call, memory: Memory, sums: Sums) -> Sums:
         """Does rows again whose sum vanished; returns sums of one split for each term."""
-        positives = self._positives(call)
+        positives = self.statistics.positives(call)
         redone = {name: memory[f"redone.{name}"] for name in ("maximum", "total", "similarity_total")}
         if sums.similarity_total is None:
             del redone["similarity_total"]
@@ -290,54 +290,24 @@ class ChunkProgram:
                 swept=sums,
                 positives=positives,
                 sums=NO_SUMS._replace(**{name: part[term.index] for name, part in redone.items()}),
-                weights=memory[term.weights],
+                weights=memory.get(term.weights),
             )
         return NO_SUMS._replace(**redone)
 
-    def _write_probabilities(self, call: Call, memory: Memory) -> None:
+    def write_weights(self, call: Call, memory: Memory) -> None:
+        """Starts the second pass of each term, which writes the weights, as all is known of their rows by now."""
         coefficient = memory.get("coefficient")
         for term in self.terms:
-            assert term.second is not None  # the chunk's plan has one for each term
             share = memory.get("positive_share") if term.term.term.positive is not None else None
             known = Known(call.shift, memory["logsumexp"], coefficient, share, self.n)
             radial: Memory = {}
             if self.softmax.radial:
                 radial = {name: memory[f"{name}.{term.index}"] for name in ("row_radial", "column_radial")}
-            term.run_pass(term.second, call, memory, known, NO_SUMS._replace(**radial), memory[term.weights])
+            sums = NO_SUMS._replace(**radial)
+            term.run_pass(term.second, call, memory, known=known, sums=sums, weights=memory[term.weights])
             if radial:
                 call.operands[term.term.rows].add_radial(radial["row_radial"], term.rows_begin)
                 call.operands[term.term.columns].add_radial(radial["column_radial"], 0)
-
-    def _positives(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Returns the similarities of the chunk's positive pairs, (K, n): one or two."""
-        found = [call.positives[name][:, self.chunk.begin : self.chunk.end] for name in self.softmax.positives]
-        return found[0], found[1] if len(found) > 1 else None
-
-    def _run_statistics(self, call: Call, memory: Memory, sums: Sums) -> None:
-        begin, end = self.chunk.begin, self.chunk.end
-        whole = end - begin == self.plan.n
-
-        def of(vector: Tensor | None) -> Tensor | None:
-            return vector if vector is None or whole else vector[..., begin:end]
-
-        positive, second = self._positives(call)
-        d_positive, d_second = (None if name is None else call.d_positives[name] for name in self.softmax.d_positives)
-        self.statistics(
-            sums=sums,
-            shift=call.shift,
-            positive=positive,
-            second_positive=second,
-            row_weight=of(call.row_weights),
-            scale=call.scale,
-            scale_tensor=call.scale_tensor,
-            losses=of(call.losses),
-            logsumexp=memory.get("logsumexp"),
-            coefficient=memory.get("coefficient"),
-            positive_share=memory.get("positive_share") if self.plan.gradients else None,
-            d_positive=of(d_positive),
-            d_second_positive=of(d_second),
-            scale_gradient=of(call.scale_gradient),
-        )
 
 
 def _from(diagonals: Diagonals, row: int) -> int:

@@ -16,9 +16,19 @@ from .precision import MatmulPrecision
 # `weigh`: half as many columns at once; twice as many warps; both.
 VARIANTS = (0, 1, 2, 3)
 
-# Memory-bound: a row's entries are read in full lines, a few rows a program.
-NORMS = Config((("BLOCK_ROWS", 4), ("BLOCK_D", 256)), 4, 1)
-SOFTMAX_STATISTICS = Config((("BLOCK_S", 32), ("BLOCK_N", 32)), 4, 1, registers=255)
+
+def rows_config(target: Target) -> Config:
+    """Returns the tiles of kernels that read rows of vectors once, in full lines, a few rows a program."""
+    if target.backend == "interpreter":
+        return Config((("BLOCK_ROWS", 32), ("BLOCK_D", 32)), 1, 1)
+    return Config((("BLOCK_ROWS", 4), ("BLOCK_D", 256)), 4, 1)
+
+
+def statistics_config(target: Target) -> Config:
+    """Returns the tiles of `softmax_statistics`: splits that are added up at once, and rows."""
+    if target.backend == "interpreter":
+        return Config((("BLOCK_S", 4), ("BLOCK_N", 32)), 1, 1)
+    return Config((("BLOCK_S", 32), ("BLOCK_N", 32)), 4, 1, registers=255)
 
 
 def sweep_config(
