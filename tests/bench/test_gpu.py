@@ -44,7 +44,7 @@ class Clock:
 @pytest.fixture
 def bench() -> Bench:
     """On the CPU, with whichever backend serves it in the place of the Triton kernels."""
-    return Bench("cpu", 2, Budget(300.0), backend=None)
+    return Bench("cpu", 2, Budget(300.0), backends=(None,))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_every_size_is_timed_in_bfloat16(rows: int, dim: int) -> None:
 
 
 def test_every_kind_of_job_is_planned() -> None:
-    jobs = plan()
+    jobs = plan(backends=("cuda", "triton"))
     assert {job.kind for job in jobs} == set(gpu_cases.KINDS) - set(gpu_cases.WITHOUT_JOBS)
     assert {job.kind for job in jobs if job.autocast} == {"parity", "contrastive"}
     assert {job.way for job in jobs if job.kind == "parity"} == {None, *settings.WEIGHTS}

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sbert_kernels import extension, pairwise_similarity, settings
+from sbert_kernels import native, pairwise_similarity, settings
+from sbert_kernels.backends import cuda
 from sbert_kernels.bench import kernels, kernels_cpu
 from sbert_kernels.bench.cases import kernels as cases
 from sbert_kernels.bench.cases.kernels import Pairs, Products
 from sbert_kernels.bench.kernels import Item, Yardsticks
+from support import cuda_operator
 
 
 class Fixed:
@@ -108,7 +110,25 @@ def test_without_its_backend_the_command_says_why(
     assert "the Triton kernels need a GPU: torch sees none" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(extension.load() is not None, reason="the compiled CPU kernels are not there")
+def test_of_a_gpu_s_sources_those_run_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def source(name: str) -> Fixed:
+        if name == "cuda":
+            raise RuntimeError("the CUDA kernels are not there: the driver is too old")
+        return Fixed()
+
+    monkeypatch.setattr(kernels, "source", source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    kernels.run(arguments("--output", str(tmp_path)))
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["machine"]["source"] == "triton"
+    assert len(found["rows"]) == 2
+    assert "bench kernels: the CUDA kernels are not there: the driver is too old" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.cpu.load() is not None, reason="the compiled CPU kernels are not there")
 def test_cpu_operations_count_the_products_and_bytes_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = (Products(64, 16), Pairs(32), Pairs(32, 8, "angle"), Pairs(32))
     monkeypatch.setattr(kernels_cpu, "CPU", wanted)
@@ -223,3 +243,37 @@ def test_every_launch_of_a_call_and_of_its_backward_pass_is_an_item() -> None:
         if item.kernel == "pair_scores":
             assert item.moved == (2 * 12 * 8 + 12) * 4
             assert kernels.row_of(item, source, Yardsticks(source, 1), source.peaks(), 1)["% of peak"] > 0
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of memory that vendor's products, listed before, have to fill
+def test_every_policy_of_the_cuda_operator_is_an_item_beside_the_vendor_s_product_and_triton_s_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sbert_kernels.bench import kernels_cuda
+
+    monkeypatch.setattr(cuda, "why_not_on", lambda device, by_name: None)
+    with cuda_operator.registered():
+        source = kernels_cuda.CudaKernels("cpu", [Products(20, 16, "bfloat16")])
+        items = list(source.items(quick=False))
+        policies = [policy.name for policy in kernels_cuda.POLICIES if policy.dtype == "bfloat16"]
+        for item in (item for item in items if item.kernel in policies):
+            policies.remove(item.kernel)
+            item.call()
+            assert item.operations == 2 * 20 * 20 * 16
+    assert not policies
+    rows = next(item for item in items if item.kernel == "contrastive_weights (rows)")
+    assert rows.moved == 2 * 20 * 16 * 2 + 2 * 20 * 4 + 20 * 20 * 2 + 20 * 4
+    assert [item.kernel for item in items if not item.kernel.startswith("contrastive_weights")] == [
+        "vendor: product, results in bfloat16",
+        "sweep",
+    ]
+    items[0].call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cuda_source_says_why() -> None:
+    from sbert_kernels.bench import kernels_cuda
+
+    with pytest.raises(RuntimeError, match="the CUDA kernels are not there: torch sees no GPU"):
+        kernels_cuda.CudaKernels()

@@ -18,7 +18,7 @@ SUBJECTS = {
     "gradcache": (gradcache, "a step of a transformer through the gradient cache, stock's engine and ours"),
     "host": (host, "what a step costs the host of a GPU, without one: time, launches, calls"),
     "kernels": (kernels, "each kernel of a backend alone, beside the vendor's product or a copy of the same bytes"),
-    "gpu": (gpu, "the Triton kernels on one GPU: parity, time, memory and peers"),
+    "gpu": (gpu, "our kernels on one GPU: parity, time, memory and peers"),
 }
 
 

@@ -1,10 +1,13 @@
-"""Benchmark on one GPU: parity, then time and peak memory of the Triton kernels against their peers.
+"""Benchmark on one GPU: parity, then time and peak memory of our kernels against their peers.
 
 Losses run as users run them: the class, its forward, loss.backward(), on embeddings that exist already. The jobs that
 say most in the least time come first; what a row will take is foreseen from smaller sizes, and one that would not end
 in `--seconds` is listed as not run, like a peer's call that is too long. A peer that takes five times as long as ours
 is not timed again at a larger size. Errors and running out of memory are results. An interrupt (SIGINT) ends the
 measurements, and what there is by then is written.
+
+Ours is computed by the backend that a user gets: the CUDA library where it serves, else the Triton kernels. Where there
+are both, the sizes of the project's goals are timed by each, first of all.
 
 Rates count three matrix products, 6 N^2 D operations, whatever an implementation really computes; they are read against
 the same three products by the vendor's library. Peak memory is that of one call, gradients included. The host's time is
@@ -26,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from sbert_kernels import machine
+from sbert_kernels.backends import BACKENDS
 from sbert_kernels.backends.triton import why_not_on
 from sbert_kernels.bench import gpu_peers, harness
 from sbert_kernels.bench.cases.gpu import KINDS, WITHOUT_JOBS
@@ -33,7 +37,7 @@ from sbert_kernels.bench.gpu_compile import compile_ahead
 from sbert_kernels.bench.gpu_jobs import OURS_COLUMN, Job, plan
 from sbert_kernels.bench.gpu_pace import Budget, reason, release
 from sbert_kernels.bench.gpu_rows import RUNNERS
-from sbert_kernels.bench.gpu_steps import Bench
+from sbert_kernels.bench.gpu_steps import Bench, backend_of
 from sbert_kernels.bench.report import Chart, Report
 
 COMMAND = "python -m sbert_kernels bench gpu"
@@ -62,6 +66,8 @@ class Run:
                     row = RUNNERS[job.kind](self.bench, job)
             except Exception as error:
                 row = job.columns | {OURS_COLUMN.get(job.kind, "ours ms"): reason(error), "note": reason(error)}
+            if len(self.bench.backends) > 1 and job.peer is None:
+                row["backend"] = backend_of(self.bench, job) or "as chosen"
             if "note" in row:
                 self.failed.append(f"{name}: {row['note']}")
             self._add(job, row)
@@ -82,6 +88,7 @@ def new_reports() -> dict[str, Report]:
     peers = {"torch.compile": "compiled ms", **{name: f"{name} ms" for name in gpu_peers.PEERS}}
     charts = {
         "parity": Chart("error against float64", {"ours": "ours error", "eager": "eager error"}),
+        "backends": Chart("ms, median (times ours)", {"ours": "ours ms", "cuda": "cuda ms", "triton": "triton ms"}),
         "host": Chart("us of the host a step (times ours)", {"ours": "ours host us", "eager": "eager host us"}),
         "contrastive": Chart("ms, median (times ours)", pair | peers),
         "memory": Chart("MiB, peak extra memory (times ours)", {"ours": "ours MiB", "eager": "eager MiB"}),
@@ -105,7 +112,21 @@ def run(args: argparse.Namespace) -> None:
         print(f"bench gpu needs a GPU ({why_not}); where there is one: {COMMAND}", file=sys.stderr)
         raise SystemExit(2)
     print(machine.line())
-    conclude(Run(Bench("cuda", args.repeats, Budget(args.seconds - AROUND_SECONDS)), new_reports()), args)
+    bench = Bench("cuda", args.repeats, Budget(args.seconds - AROUND_SECONDS), backends=tuple(backends_here()))
+    conclude(Run(bench, new_reports()), args)
+
+
+def backends_here(device: str = "cuda") -> list[str]:
+    """Returns the names of our backends that run on a GPU, the preferred one first; says of each other why not."""
+    found = []
+    for backend in BACKENDS:
+        if backend.device == "cuda":
+            why_not = backend.why_not_on(device, True)
+            if why_not is None:
+                found.append(backend.name)
+            else:
+                print(f"the {backend.name} backend is not there: {why_not}")
+    return found
 
 
 def chosen(jobs: Iterable[Job], kinds: Sequence[str]) -> list[Job]:
@@ -121,7 +142,7 @@ def conclude(run_: Run, args: argparse.Namespace, jobs: Sequence[Job] | None = N
     bench = run_.bench
     bench.peers, bench.missing = gpu_peers.load()
     if jobs is None:
-        jobs = chosen(plan(tuple(bench.peers), args.quick), args.kinds)
+        jobs = chosen(plan(tuple(bench.peers), args.quick, bench.backends), args.kinds)
     for text in (gpu_peers.advice(bench.missing), compile_ahead(bench, jobs)):
         if text:
             print(text)

@@ -12,16 +12,14 @@ from multiprocessing import get_context
 
 import torch
 
-from sbert_kernels import machine
-from sbert_kernels.bench.cases import contrastive, ranking
-from sbert_kernels.bench.gpu_jobs import PARITY_ROWS, Job
+from sbert_kernels import machine, settings
+from sbert_kernels.bench.gpu_jobs import Job, small
 from sbert_kernels.bench.gpu_pace import Budget, reason
 from sbert_kernels.bench.gpu_peers import PEERS
-from sbert_kernels.bench.gpu_steps import Bench, loss_and_gradients, loss_of, ours_as
+from sbert_kernels.bench.gpu_steps import Bench, loss_and_gradients, loss_of, our_settings
 from sbert_kernels.workloads.recipes import OURS
 
 COMPILE_SHARE = 0.15  # of the time, at most, until the last compilation ahead of its use begins
-SMALL = 512  # divides by 16, as the large sizes do; kernels are compiled for that
 
 
 def compile_ahead(bench: Bench, jobs: Sequence[Job]) -> str | None:
@@ -32,14 +30,13 @@ def compile_ahead(bench: Bench, jobs: Sequence[Job]) -> str | None:
     """
     unique: dict[tuple[str, int], Job] = {}
     for job in jobs:
-        small = _small(job)
-        if small is not None:
-            unique.setdefault((small.name, small.rows), small)
+        for few in _small(bench, job):
+            unique.setdefault((few.name, few.rows), few)
     workers = min(16, os.cpu_count() or 1, len(unique))
     if workers < 2:
         return None
     until = time.time() + COMPILE_SHARE * bench.budget.left()
-    compile_one = partial(_compile, bench.device, bench.backend, until)
+    compile_one = partial(_compile, bench.device, bench.backends, until)
     try:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             found = list(pool.map(compile_one, unique.values()))
@@ -49,28 +46,22 @@ def compile_ahead(bench: Bench, jobs: Sequence[Job]) -> str | None:
     return f"compiling ahead of time: {len(wrong)} of {len(unique)} failed, the first by {wrong[0]}" if wrong else None
 
 
-def _small(job: Job) -> Job | None:
-    """Returns a job on few rows that needs the same kernels; None for one that needs none of its own."""
-    if job.kind in ("training", "sigmoid"):
-        return None
-    if job.peer is not None:
-        return job
-    rows = PARITY_ROWS if job.kind == "parity" else SMALL
-    if isinstance(job.case, ranking.Case):
-        return replace(job, case=replace(job.case, rows=min(rows, job.case.rows)), peers=False)
-    if isinstance(job.case, contrastive.Case):
-        return replace(job, case=replace(job.case, batch=rows), peers=False, compiled=False)
-    return None
+def _small(bench: Bench, job: Job) -> list[Job]:
+    """Returns the jobs on few rows that need the same kernels, of each backend where all are timed."""
+    found = small(job)
+    if found is None:
+        return []
+    return [replace(found, backend=name) for name in bench.backends] if job.kind == "backends" else [found]
 
 
-def _compile(device: str, backend: str | None, until: float, job: Job) -> str | None:
+def _compile(device: str, backends: tuple[str | None, ...], until: float, job: Job) -> str | None:
     """Starts the kernels of a job once, unless it is too late for it; returns why it could not."""
     if time.time() > until:
         return None
     torch.set_num_threads(1)
-    bench = Bench(device, 1, Budget(0.0), backend=backend)
+    bench = Bench(device, 1, Budget(0.0), backends=backends)
     try:
-        with machine.matmul_precision(job.precision), ours_as(bench, job):
+        with machine.matmul_precision(job.precision), settings.override(**our_settings(bench, job)):
             loss = loss_of(OURS, job, device) if job.peer is None else PEERS[job.peer].load()(job.in_batch)
             if not isinstance(loss, str):
                 loss_and_gradients(loss, job, device)

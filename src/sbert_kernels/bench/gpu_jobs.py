@@ -11,12 +11,14 @@ from sbert_kernels.bench.cases import contrastive, ranking
 from sbert_kernels.bench.cases.contrastive import FOUR_DIRECTIONS, MNR, SYMMETRIC
 
 PARITY_ROWS = 1000  # no multiple of any tile
+SMALL_ROWS = 512  # divides by 16, as the large sizes do; kernels are compiled for that
 MATRYOSHKA = (768, 512, 256, 128, 64)
 NOT_RUN = "not run"  # begins the cell of a contender that there was no time for
 OURS_COLUMN = {"parity": "ours error"}  # of a row; else it is "ours ms"
 # Seconds that have to be left for a job to begin, where nothing alike has been timed yet.
 LEAST_SECONDS = {
     "parity": 2.0,
+    "backends": 5.0,
     "host": 2.0,
     "contrastive": 5.0,
     "weights": 4.0,
@@ -56,6 +58,7 @@ class Job:
         mask: Every two rows have the same document, which is no negative.
         autocast: The embeddings are float32 and the loss runs under autocast to bfloat16.
         way: How the weights are made; None: as the library chooses.
+        backend: Whose kernels compute ours; None: those of the first backend that serves it.
         peer: The row is about this library alone.
     """
 
@@ -66,6 +69,7 @@ class Job:
     mask: bool = False
     autocast: bool = False
     way: str | None = None
+    backend: str | None = None
     peer: str | None = None
 
     @property
@@ -131,9 +135,23 @@ class Job:
         options += [f"{case.terms} directions"] if case.terms > 1 and not case.guided else []
         options += ["mask"] if self.mask else []
         options += [f"prefixes {','.join(map(str, case.dims))}"] if case.dims else []
-        options += [f"by {self.way}"] if self.way else []
+        options += [f"by {by}" for by in (self.way, self.backend) if by]
         options += [f"of {self.peer}"] if self.peer else []
         return ", ".join([f"{kind} under autocast" if self.autocast else str(kind), *options])
+
+
+def small(job: Job) -> Job | None:
+    """Returns a job on few rows that needs the same kernels; None for one that needs none of its own."""
+    if job.kind in ("training", "sigmoid"):
+        return None
+    if job.peer is not None:
+        return job
+    rows = PARITY_ROWS if job.kind == "parity" else SMALL_ROWS
+    if isinstance(job.case, ranking.Case):
+        return replace(job, case=replace(job.case, rows=min(rows, job.case.rows)), peers=False)
+    if isinstance(job.case, contrastive.Case):
+        return replace(job, case=replace(job.case, batch=rows), peers=False, compiled=False)
+    return None
 
 
 def in_batch(rows: int, dim: int, dtype: str = "bfloat16", **values: Any) -> contrastive.Case:
@@ -157,10 +175,20 @@ SCALE_100: dict[str, Any] = {"options": {"scale": 100.0}, "scale": 100.0}
 FOUR: dict[str, Any] = {"options": {"directions": FOUR_DIRECTIONS}, "terms": 4}
 
 
-def plan(peers: Sequence[str] = (), quick: bool = False) -> list[Job]:
-    """Returns the jobs, those first that say most in the least time. ``peers``: the names of the other libraries."""
+def plan(peers: Sequence[str] = (), quick: bool = False, backends: Sequence[str | None] = ("triton",)) -> list[Job]:
+    """Returns the jobs, those first that say most in the least time.
+
+    Args:
+        peers: The names of the other libraries.
+        quick: A part of them.
+        backends: Whose kernels there are; of several, the sizes of the project's goals come first, timed by each.
+    """
     main = [Job("contrastive", in_batch(rows, 768), peers=True) for rows in (1024, 4096, 16384, 65536)]
-    first = [*_main_parity(), *(Job("host", in_batch(rows, 768)) for rows in (64, 256, 1024, 4096))]
+    first = _main_parity()
+    if len(backends) > 1:
+        others = [replace(job, backend=backends[-1]) for job in first[:1]]
+        first[1:1] = [*others, *_by_each_backend()]
+    first += [Job("host", in_batch(rows, 768)) for rows in (64, 256, 1024, 4096)]
     # Of the first size that they are timed at, so that their kernels are compiled once.
     checks = [Job("parity", in_batch(1024, 768), peer=peer) for peer in peers]
     if quick:
@@ -204,6 +232,12 @@ def plan(peers: Sequence[str] = (), quick: bool = False) -> list[Job]:
         *(timed(65536, **kind) for kind in ({"dtype": "float16"}, HIGH, FLOAT32)),
         Job("sigmoid", in_batch(65536, 768)),
     ]
+
+
+def _by_each_backend() -> list[Job]:
+    """Returns the jobs that compare the backends, at the sizes of the project's goals."""
+    sizes = [in_batch(65536, 768), in_batch(262144, 768), in_batch(1024, 768), in_batch(65536, 384)]
+    return [Job("backends", case) for case in (*sizes, symmetric(65536, 768))]
 
 
 def _main_parity() -> list[Job]:

@@ -16,13 +16,15 @@ from sbert_kernels.bench.gpu_pace import Make, Step, Timed, reason, release, tim
 from sbert_kernels.bench.gpu_steps import (
     Bench,
     as_ours,
+    backend_of,
     contenders,
     free_bytes,
     inputs_of,
     loss_and_gradients,
     loss_of,
+    our_settings,
     ours,
-    ours_as,
+    refused,
 )
 from sbert_kernels.bench.peers import largest_error
 from sbert_kernels.workloads.recipes import OURS, STOCK
@@ -50,7 +52,7 @@ def parity_row(bench: Bench, job: Job) -> dict[str, Any]:
 
     exact = values(STOCK, exact=True)
     eager = largest_error(values(STOCK), exact)
-    with ours_as(bench, job):
+    with settings.override(**our_settings(bench, job)):
         error = largest_error(values(OURS), exact)
     limit = 2 * eager + FEW_ROUNDINGS[job.dtype] * max(1.0, getattr(job.case, "scale", 20.0) / 20)
     row = {**job.columns, "ours error": error, "eager error": eager, "limit": limit, "verdict": "pass"}
@@ -150,6 +152,22 @@ def weights_row(bench: Bench, job: Job) -> dict[str, Any]:
     return row | ({"note": "; ".join(broken)} if broken and "note" not in row else {})
 
 
+def backends_row(bench: Bench, job: Job) -> dict[str, Any]:
+    """Returns the times of each of our backends, and of the one that serves the job ("ours")."""
+    step_of = inputs_of(job, bench.device)
+
+    def make(name: str | None) -> Make:
+        return lambda: ours(bench, replace(job, backend=name), step_of)
+
+    timings = _timed(bench, job, {str(name): make(name) for name in bench.backends}).timings
+    served = timings[str(backend_of(bench, job))]
+    bench.pace.note(job, {"ours": served})
+    row = job.columns | _columns({"ours": served, **timings})
+    errors = {name: timing.error for name, timing in timings.items() if timing.error}
+    failed = [f"{name}: {text}" for name, text in errors.items() if not text.startswith(NOT_RUN) and not refused(text)]
+    return row | ({"note": "; ".join(failed)} if failed and "note" not in row else {})
+
+
 def host_row(bench: Bench, job: Job) -> dict[str, Any]:
     """Returns what the host takes for a step if it waits for nothing, and whole steps that do wait."""
     step_of = inputs_of(job, bench.device)
@@ -193,6 +211,7 @@ def training_row(bench: Bench, job: Job) -> dict[str, Any]:
 Runner = Callable[[Bench, Job], dict[str, Any]]
 RUNNERS: dict[str, Runner] = {
     "parity": parity_row,
+    "backends": backends_row,
     "host": host_row,
     "contrastive": contrastive_row,
     "weights": weights_row,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 
 from sbert_kernels import contrastive_loss, settings
 from sbert_kernels.bench import contrastive, gpu_peers, ranking
-from sbert_kernels.bench.gpu_jobs import Job
+from sbert_kernels.bench.gpu_jobs import Job, Training, small
 from sbert_kernels.bench.gpu_pace import Budget, Make, Pace, Step
 from sbert_kernels.bench.peers import compiled, gradients_of
 from sbert_kernels.workloads.recipes import OURS, STOCK
+
+# In the error of a backend that was asked for by name; what its self-check says in it of kernels that are no good.
+REFUSAL, FAULTS = "cannot serve this call", ("WRONG RESULTS", "in its self-check")
 
 
 @dataclass
@@ -27,7 +29,8 @@ class Bench:
     device: str
     repeats: int
     budget: Budget
-    backend: str | None = "triton"
+    backends: tuple[str | None, ...] = ("triton",)  # of ours, the preferred one first; None: as the library chooses
+    serving: dict[str, str | None] = field(default_factory=dict)  # the first that serves a job, by name
     peers: dict[str, gpu_peers.MakeLoss] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)  # peers that were found to compute the same
     missing: dict[str, str] = field(default_factory=dict)  # why a peer is not timed
@@ -100,19 +103,50 @@ def inputs_of(job: Job, device: str) -> Inputs:
     return lambda loss: Step(*contrastive.make_step(loss, job.in_batch, features))
 
 
-@contextmanager
-def ours_as(bench: Bench, job: Job) -> Iterator[None]:
-    """Makes our losses use the backend that is measured, and make the weights in the way that the job names."""
-    values: dict[str, Any] = {"backend": bench.backend}
-    with settings.override(**values, **({"weights": job.way} if job.way else {})):
-        yield
+def backend_of(bench: Bench, job: Job) -> str | None:
+    """Returns the backend that computes ours in a job: that of the job, or the first that serves it.
+
+    Which one serves it a call on few rows tells. None: as the library chooses.
+    """
+    if job.backend is not None:
+        return job.backend
+    *preferred, last = bench.backends
+    if job.way or job.kind == "weights":
+        return last  # only the Triton kernels have several ways
+    if preferred and isinstance(job.case, Training):
+        return None  # whose losses are not called here
+    few = small(job) or job
+    if few.name not in bench.serving:
+        bench.serving[few.name] = next((name for name in preferred if _serves(bench, few, name)), last)
+    return bench.serving[few.name]
+
+
+def _serves(bench: Bench, job: Job, backend: str | None) -> bool:
+    """Returns False if a backend refuses a job; what else goes wrong is told where it is measured."""
+    try:
+        with settings.override(backend=backend):
+            loss_and_gradients(loss_of(OURS, job, bench.device), job, bench.device)
+    except Exception as error:
+        return not refused(str(error))
+    return True
+
+
+def refused(text: str) -> bool:
+    """Returns True for the text of an error by which a backend leaves a job to others, and not for a fault of it."""
+    return REFUSAL in text and not any(fault in text for fault in FAULTS)
+
+
+def our_settings(bench: Bench, job: Job) -> dict[str, Any]:
+    """Returns the settings of ours in a job: the backend that is measured, and the way of the weights that it names."""
+    return {"backend": backend_of(bench, job), **({"weights": job.way} if job.way else {})}
 
 
 def as_ours(bench: Bench, job: Job, step: Step) -> Step:
-    """Returns the step, run with the settings of `ours_as`."""
+    """Returns the step, run with `our_settings`."""
+    values = our_settings(bench, job)
 
     def call() -> object:
-        with ours_as(bench, job):
+        with settings.override(**values):
             return step.call()
 
     return Step(call, step.leaves)

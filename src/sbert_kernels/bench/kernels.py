@@ -8,7 +8,8 @@ sheet, a CPU's are measured: a large product, and a large copy.
 
     python -m sbert_kernels bench kernels [--quick] [--source cpu]
 
-`kernels_cpu` and `kernels_triton` are the sources. Another one is a class with the same methods, in `SOURCES`.
+`kernels_cpu`, `kernels_cuda` and `kernels_triton` are the sources. Another one is a class with the same methods, in
+`SOURCES`. On a GPU all of its sources run, one after the other; of one that cannot, a line says why.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,7 +81,8 @@ class Source(Protocol):
         """Returns the peak operations a second by rate, and the bytes a second as "bandwidth"."""
 
 
-SOURCES = {"cpu": "CpuKernels", "triton": "TritonKernels"}
+SOURCES = {"cpu": "CpuKernels", "cuda": "CudaKernels", "triton": "TritonKernels"}
+ON_A_GPU = ("cuda", "triton")
 
 
 def source(name: str) -> Source:
@@ -130,7 +132,8 @@ def row_of(item: Item, source: Source, yardsticks: Yardsticks, peaks: dict[str, 
         if item.products:
             other, limit = "vendor", max(item.operations / peaks[item.rate], item.moved / peaks["bandwidth"])
             other_seconds = yardsticks.products(item)
-            row |= {"ms": 1e3 * seconds, "TFLOP/s": item.operations / seconds / 1e12}
+            row |= {"ms": 1e3 * seconds, "GFLOP": item.operations / 1e9}
+            row["TFLOP/s"] = item.operations / seconds / 1e12
         else:
             other, limit = "copy", item.moved / peaks["bandwidth"]
             other_seconds = yardsticks.copy(item)
@@ -138,39 +141,52 @@ def row_of(item: Item, source: Source, yardsticks: Yardsticks, peaks: dict[str, 
     except Exception as error:
         lines = str(error).strip().splitlines()
         return row | {"note": f"{type(error).__name__}: {lines[0]}" if lines else repr(error)}
-    row |= {"GB/s": item.moved / seconds / 1e9, f"{other} ms": 1e3 * other_seconds}
+    row |= {"MB": item.moved / 1e6, "GB/s": item.moved / seconds / 1e9, f"{other} ms": 1e3 * other_seconds}
     return row | {"this / other": seconds / other_seconds, "% of peak": 100 * limit / seconds}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures the kernels of a source, prints the table, writes the report; exits non-zero if one could not run."""
+    """Measures the kernels of the sources, prints the table, writes the report; exits non-zero if one could not run."""
     harness.begin(args)
-    name = args.source or ("triton" if torch.cuda.is_available() else "cpu")
-    try:
-        found = source(name)
-    except RuntimeError as error:
-        print(f"bench kernels: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    peaks = found.peaks()
+    names = (args.source,) if args.source else ON_A_GPU if torch.cuda.is_available() else ("cpu",)
+    if not args.source and not torch.cuda.is_available():
+        print("bench kernels: there is no GPU that torch can use, so these are the CPU kernels.", file=sys.stderr)
+    found: dict[str, Source] = {}
+    for name in names:
+        try:
+            found[name] = source(name)
+        except RuntimeError as error:
+            print(f"bench kernels: {error}", file=sys.stderr)
+    if not found:
+        raise SystemExit(2)
+    ran = ", ".join(found)
+    peaks = next(iter(found.values())).peaks()  # of one device
     report = Report(
-        f"Kernels alone: {name}{', quick run' if args.quick else ''}",
+        f"Kernels alone: {ran}{', quick run' if args.quick else ''}",
         "kernels",
-        machine.facts() | {"source": name, "peaks": peaks},
-        f"{machine.line()}; source {name}",
+        machine.facts() | {"source": ran, "peaks": peaks},
+        f"{machine.line()}; source {ran}",
         charts=(Chart("ms (times ours)", {"ours": "ms", "vendor's product": "vendor ms", "copy": "copy ms"}),),
     )
     print(report.machine_line)
-    yardsticks = Yardsticks(found, args.repeats)
-    end = time.monotonic() + args.seconds
-    first_not_run = None
-    with tqdm(found.items(args.quick), file=sys.stderr) as progress:
-        for item in progress:
-            progress.set_description(f"{item.kernel} {item.shape}")
-            if time.monotonic() > end:
-                first_not_run = f"{item.kernel} {item.shape} {item.dtype}"
-                break  # to list the rest, their kernels would have to be compiled
-            report.rows.append(row_of(item, found, yardsticks, peaks, args.repeats))
+    first_not_run = _measure(found.values(), args, peaks, report)
     failed = [f"{row['kernel']} {row['shape']}: {row['note']}" for row in report.rows if "note" in row]
     if first_not_run:
         print(f"not run: there was no time for {first_not_run}, and what comes after it")
     harness.finish(report, args.output, failed, what="kernels that could not run")
+
+
+def _measure(
+    sources: Iterable[Source], args: argparse.Namespace, peaks: dict[str, float], report: Report
+) -> str | None:
+    """Adds a row for each kernel that there is time for; returns the first that there is none for, or None."""
+    end = time.monotonic() + args.seconds
+    for found in sources:
+        yardsticks = Yardsticks(found, args.repeats)
+        with tqdm(found.items(args.quick), file=sys.stderr) as progress:
+            for item in progress:
+                progress.set_description(f"{item.kernel} {item.shape}")
+                if time.monotonic() > end:  # to list the rest, their kernels would have to be compiled
+                    return f"{item.kernel} {item.shape} {item.dtype}"
+                report.rows.append(row_of(item, found, yardsticks, peaks, args.repeats))
+    return None

@@ -59,15 +59,20 @@ KERNELS = {
 
 
 class TritonKernels:
-    """Hands out the launches; raises RuntimeError where Triton cannot run. For tests a device may be named."""
+    """Hands out the launches, of ``ways`` of making weights; raises RuntimeError where Triton cannot run.
 
-    def __init__(self, device: str = "cuda", cases: Sequence[Case] = TRITON) -> None:
+    For tests a device may be named.
+    """
+
+    def __init__(
+        self, device: str = "cuda", cases: Sequence[Case] = TRITON, ways: Sequence[str] = settings.WEIGHTS
+    ) -> None:
         why_not = (
             why_not_on(device, by_name=True) if device != "cuda" or torch.cuda.is_available() else "torch sees none"
         )
         if why_not is not None:
             raise RuntimeError(f"the Triton kernels need a GPU: {why_not}")
-        self.device, self.cases = device, cases
+        self.device, self.cases, self.ways = device, cases, ways
         self.target = launching.target_of(torch.device(device))
 
     def items(self, quick: bool) -> Iterator[Item]:
@@ -78,7 +83,7 @@ class TritonKernels:
                 continue
             call, vectors = call_of(case, self.device)
             seen: set[Any] = set()
-            for way in settings.WEIGHTS:
+            for way in self.ways:
                 yield from self._launches(case, _with_gradients(call, vectors), seen, way)
             if self.device.startswith("cuda"):
                 yield from _vendor_products(case, self.device)

@@ -8,6 +8,7 @@ from sbert_kernels.bench import arguments
 
 KINDS = {
     "parity": "errors beside eager's, both against float64",
+    "backends": "time of the in-batch loss by each of our backends, at the sizes of the project's goals",
     "host": "time of the host alone, of steps that follow one another without waiting for the card",
     "contrastive": "time of the in-batch loss",
     "memory": "peak extra memory of the in-batch loss",
