@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import traceback
 from collections import Counter
@@ -376,15 +377,47 @@ def test_sharded_gradients_travel_once_a_step(ranks: Any, name: str) -> None:
 
 
 class DeepSpeedEngine(nn.Module):
-    """Named like that of DeepSpeed, which is known by its name alone."""
+    """Named like that of DeepSpeed, which is known by its name alone; trained in test_deepspeed.py."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def is_deepcompile_enabled(self) -> bool:
+        return False
 
 
-def test_engines_that_reduce_in_every_backward_pass_are_refused(models: Any) -> None:
-    engine = DeepSpeedEngine()
-    engine.model = copy.deepcopy(models["bert"])
-    loss = losses.CachedMultipleNegativesRankingLoss(engine.model)
-    loss.model = engine
-    with pytest.raises(TypeError, match="a gradient cache cannot train a DeepSpeedEngine"):
+class PipelineEngine(DeepSpeedEngine):
+    """Also named like one of DeepSpeed."""
+
+
+class DeepCompileEngine(DeepSpeedEngine):
+    def is_deepcompile_enabled(self) -> bool:
+        return True
+
+
+def mark(model: nn.Module, name: str) -> nn.Module:
+    """Leave at a model's parameters what DeepSpeed does."""
+    for parameter in model.parameters():
+        setattr(parameter, name, 0)
+        parameter.register_post_accumulate_grad_hook(lambda _: None)
+    return model
+
+
+REFUSED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "cannot train a PipelineEngine": PipelineEngine,
+    "cannot train an engine with DeepCompile": DeepCompileEngine,
+    "cannot train leaf modules of ZeRO-3": lambda model: DeepSpeedEngine(mark(model, "ds_z3_leaf_module")),
+    "was given the module under the engine: give it what deepspeed.initialize": lambda model: mark(model, "ds_id"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_ways_of_deepspeed_that_a_cache_cannot_train_are_refused_by_name(models: Any, message: str) -> None:
+    model = copy.deepcopy(models["bert"])
+    loss = losses.CachedMultipleNegativesRankingLoss(model)
+    loss.model = REFUSED[message](model)
+    with pytest.raises(TypeError, match=re.escape(message)):
         loss(rows_of(union(SCENARIOS["direct"], 0), slice(0, 8)), None)
 
 

@@ -11,7 +11,7 @@ forward passes may come before a backward pass, and two backward passes may foll
 
 In memory at a time are the activations of one mini-batch or those that are kept, the embeddings and their gradients,
 and for each mini-batch the state of the random generators (5 kB). If DistributedDataParallel has to see every parameter
-at once, they are the activations of one mini-batch of each pool.
+at once, or DeepSpeed, they are the activations of one mini-batch of each pool.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def cached_loss(
         loss = loss.detach()
     loss = loss.clone() if loss.requires_grad else loss.detach().requires_grad_()
     loss.register_hook(step.replay)
-    return loss
+    # With DeepSpeed on a tensor of its own: it registers a hook that has to run before ours, at the loss that it is
+    # given.
+    return loss.clone() if any(encoder.sync.engines for encoder in step.encoders) else loss
 
 
 @dataclass(eq=False)
@@ -131,7 +133,7 @@ class _Encoder:
     def may_be_kept(self) -> list[_Part]:
         """Returns the parts whose graphs may be kept: not those that a wrapper has to run in the second pass."""
         last = self.last_parts()
-        return [] if self.sync.sharded else [part for part in self.parts if part not in last]
+        return [] if self.sync.in_step else [part for part in self.parts if part not in last]
 
     def last_parts(self) -> list[_Part]:
         """Returns the parts whose backward pass sums gradients over the ranks; it reaches every parameter in use."""
@@ -162,8 +164,8 @@ class _Step:
         self.encoders = [_Encoder(module, GradientSync(module)) for module in modules.values()]
         if options.unique_rows and any(_has_active_dropout(module) for module in modules.values()):
             log_once(logger, "unique_rows=True: rows that are equal share one dropout mask, as they are encoded once.")
-        if options.activation_budget and any(encoder.sync.sharded for encoder in self.encoders):
-            log_once(logger, "activation_budget: none are kept of an encoder that is sharded over ranks (FSDP).")
+        if options.activation_budget and any(encoder.sync.in_step for encoder in self.encoders):
+            log_once(logger, "activation_budget: none are kept of an encoder that is sharded over ranks.")
         of_column = [numbers[id(module)] for module in encoders]
         self._columns = len(columns)
         tensors = [value for column in columns for value in _tensors(column)]
@@ -192,7 +194,7 @@ class _Step:
             encoder = self.encoders[of_column[pool.columns[0]]]
             encoder.parts += [_Part(mini_batch, number) for mini_batch in pool.mini_batches]
         for encoder in self.encoders:
-            if encoder.sync.sharded:
+            if encoder.sync.in_step:
                 encoder.parts = self._as_many_as_other_ranks(encoder)
         if options.activation_budget is None:
             self._keep_the_end(self.encoders[-1])
@@ -308,33 +310,38 @@ class _Step:
                     part.kept = None
         with torch.enable_grad(), self._surroundings.restored(), self._progress("Backward", True) as progress:
             for encoder in self.encoders:
-                last = encoder.last_parts()
-                trained = None
-                if encoder.sync.to_learn:
-                    # First of all, or DistributedDataParallel would learn the graph of a pass that accumulates.
-                    with encoder.sync.learning():
-                        self._back_together(last, torch.zeros_like(grad_output))
-                with encoder.sync.accumulating():
-                    # Kept graphs first, which frees their memory.
-                    for part in sorted(encoder.parts, key=lambda part: part.kept is None):
-                        if part not in last and self._back_together([part], grad_output):
-                            trained = part
-                        progress.update(0 if part in last else part.mini_batch.tokens)
-                summed = self._back_together(last, grad_output)
-                progress.update(sum(part.mini_batch.tokens for part in last))
-                if encoder.sync.due and not summed and trained is not None:
-                    # The last part is frozen, so nothing was summed: run a trained part again with gradients of zero.
-                    self._back_together([trained], torch.zeros_like(grad_output))
+                with encoder.sync.second_pass() as factor:
+                    self._replay(encoder, grad_output if factor == 1 else grad_output * factor, progress)
+
+    def _replay(self, encoder: _Encoder, grad_output: Tensor, progress: Any) -> None:
+        """Runs the second pass of one encoder."""
+        last = encoder.last_parts()
+        trained = None
+        if encoder.sync.to_learn:
+            # First of all, or DistributedDataParallel would learn the graph of a pass that accumulates.
+            with encoder.sync.learning():
+                self._back_together(encoder, last, torch.zeros_like(grad_output))
+        with encoder.sync.accumulating():
+            # Kept graphs first, which frees their memory.
+            for part in sorted(encoder.parts, key=lambda part: part.kept is None):
+                if part not in last and self._back_together(encoder, [part], grad_output):
+                    trained = part
+                progress.update(0 if part in last else part.mini_batch.tokens)
+        summed = self._back_together(encoder, last, grad_output)
+        progress.update(sum(part.mini_batch.tokens for part in last))
+        if encoder.sync.due and not summed and trained is not None:
+            # The last part is frozen, so nothing was summed: run a trained part again with gradients of zero.
+            self._back_together(encoder, [trained], torch.zeros_like(grad_output))
 
     def _versions_now(self) -> list[int]:
         """Returns torch's counter of changes in place of every parameter that is trained."""
         return [p._version for encoder in self.encoders for p in encoder.module.parameters() if p.requires_grad]
 
-    def _back_together(self, parts: Sequence[_Part], grad_output: Tensor) -> bool:
-        """Encodes parts once more and runs one backward pass for all; returns False if none of them is trained."""
+    def _back_together(self, encoder: _Encoder, parts: Sequence[_Part], grad_output: Tensor) -> bool:
+        """Encodes parts of an encoder anew and runs one backward pass for all; returns False if none is trained."""
         pairs = [pair for part in parts for pair in self._with_gradients(part, self._second(part), grad_output)]
         if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            encoder.sync.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         return bool(pairs)
 
     def _second(self, part: _Part) -> Sequence[Tensor]:

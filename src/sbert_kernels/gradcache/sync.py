@@ -1,54 +1,63 @@
 """Has the gradients of an encoder that is trained on several ranks summed over the ranks once a step.
 
 A gradient cache runs many backward passes a step, and each of them would sum. Here all but the last accumulate, and the
-last one sums what has accumulated. The wrapper that sums may be the encoder itself or any module inside of it.
+last one sums what has accumulated. The wrapper that sums may be the encoder itself or any module inside of it:
+DistributedDataParallel, FSDP, or the engine of DeepSpeed (:mod:`deepspeed`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-# Wrappers that reduce gradients while a backward pass runs, and allow one such pass a step.
-REFUSED = ("DeepSpeedEngine",)
+from .deepspeed import LocalGradients, engines_in
 
 
 class GradientSync:
     """Holds what sums the gradients of one encoder over the ranks, and switches it on and off.
 
     Raises:
-        TypeError: The encoder is wrapped by something that cannot run several backward passes a step.
+        TypeError: DeepSpeed trains the encoder in a way that a gradient cache cannot (:func:`engines_in`).
     """
 
     def __init__(self, encoder: nn.Module) -> None:
         modules = list(encoder.modules())
-        for module in modules:
-            name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in REFUSED), None)
-            if name is not None:
-                raise TypeError(
-                    f"a gradient cache cannot train a {name}, which reduces gradients in every backward pass: a cache "
-                    "runs one a mini-batch. Train with DistributedDataParallel or FSDP, or without a gradient cache."
-                )
         self.replicated = [module for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
         self.sharded: list[_Sharded | _FlatSharded] = _sharded(modules)
-        self.wrapped = bool(self.replicated or self.sharded)
+        self.engines = engines_in(modules)
+        self.wrapped = bool(self.replicated or self.sharded or self.engines)
+        self._local = LocalGradients()
+        self._accumulates = False
+
+    @property
+    def in_step(self) -> bool:
+        """Returns True if ranks gather the parameters together for each mini-batch.
+
+        All must run as many then, and no graph may wait: its parameters are not there meanwhile.
+        """
+        return bool(self.sharded) or any(engine.gathers_parameters for engine in self.engines)
 
     @property
     def due(self) -> bool:
         """Returns True if the gradients are to be summed in this step: not so under a user's ``no_sync()``."""
-        return any(wrapper.require_backward_grad_sync for wrapper in self.replicated) or any(
-            flags.reduces for flags in self.sharded
+        return (
+            bool(self.engines)
+            or any(wrapper.require_backward_grad_sync for wrapper in self.replicated)
+            or any(flags.reduces for flags in self.sharded)
         )
 
     @property
     def counts_all_parameters(self) -> bool:
         """Returns True if the backward pass that sums must reach every parameter that the step has used."""
-        return any(wrapper.static_graph or not wrapper.find_unused_parameters for wrapper in self.replicated)
+        return bool(self.engines) or any(
+            wrapper.static_graph or not wrapper.find_unused_parameters for wrapper in self.replicated
+        )
 
     @property
     def to_learn(self) -> list[nn.parallel.DistributedDataParallel]:
@@ -75,7 +84,37 @@ class GradientSync:
                 stack.enter_context(wrapper.no_sync())
             for flags in self.sharded:
                 stack.enter_context(flags.accumulating())
-            yield
+            for engine in self.engines:
+                stack.enter_context(engine.accumulating())
+            self._accumulates = True
+            try:
+                yield
+            finally:
+                self._accumulates = False
+
+    @contextmanager
+    def second_pass(self) -> Iterator[float]:
+        """Prepares a second pass, which runs in this block, and yields what its gradients are to be multiplied by.
+
+        Raises:
+            RuntimeError: The backward pass that runs is not one in which DeepSpeed takes a step.
+        """
+        self._local.clear()  # what an interrupted one has left
+        factors = [engine.factor() for engine in self.engines]
+        with ExitStack() as stack:
+            for engine in self.engines:
+                stack.enter_context(engine.unscaled())
+            yield math.prod(factors)
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Propagates the gradients of outputs, both [n, ...], to the parameters of the encoder."""
+        if not self.engines:
+            torch.autograd.backward(outputs, gradients)
+        elif self._accumulates:
+            self._local.add(outputs, gradients)
+        else:
+            with self._local.handed_over():
+                torch.autograd.backward(outputs, gradients)
 
 
 class _Sharded:
