@@ -1,22 +1,25 @@
-"""Two processes that compare with each other's texts: gather_across_devices=True.
+"""Two processes that compare with each other's texts: a gradient cache and gather_across_devices=True.
 
     torchrun --nproc-per-node 2 examples/two_processes.py
+    accelerate launch --num_processes 2 --use_deepspeed --zero_stage 2 examples/two_processes.py
 
-Each process embeds its own half of the batch; the embeddings travel, so that every row has the negatives of both.
+Each process embeds its own half of the batch; the embeddings travel, so that every row has the negatives of both. The
+gradients of all mini-batches are summed over the processes once a step, under DistributedDataParallel (the first line)
+and DeepSpeed (the second).
 """
 
 import torch.distributed as dist
-from common import arguments, pairs, static_model
+from common import arguments, minilm, pairs, size
 from sentence_transformers import SentenceTransformerTrainer
 
-from sbert_kernels.losses import MultipleNegativesRankingLoss
+from sbert_kernels.losses import CachedMultipleNegativesRankingLoss
 
-model = static_model()
-loss = MultipleNegativesRankingLoss(model, gather_across_devices=True)
+model = minilm()
+loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=size(32, 4), gather_across_devices=True)
 trainer = SentenceTransformerTrainer(
     model=model,
-    args=arguments(batch_size=512, steps=10, learning_rate=0.05, ddp_backend="gloo"),
-    train_dataset=pairs(4096),
+    args=arguments(batch_size=128, steps=2, learning_rate=2e-5, ddp_backend="gloo"),
+    train_dataset=pairs(2048),
     loss=loss,
 )
 trainer.train()
