@@ -25,6 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor, nn
 
 from sbert_kernels import GradCache, losses
+from support.ranks import Collectives
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -120,8 +121,8 @@ def initialize(scenario: Scenario, model: Any) -> Any:
     return engine
 
 
-def train(scenario: Scenario, model: Any, rank: int) -> dict[str, Tensor]:
-    """The parameters of one rank after all steps."""
+def train(scenario: Scenario, model: Any, rank: int) -> dict[str, Any]:
+    """The parameters of one rank after all steps, and the collectives of all."""
     import deepspeed
 
     prepare(scenario, model)
@@ -130,14 +131,16 @@ def train(scenario: Scenario, model: Any, rank: int) -> dict[str, Tensor]:
     )
     loss.model = engine = initialize(scenario, model)
     mine = slice(sum(scenario.rows[:rank]), sum(scenario.rows[: rank + 1]))
-    for batch in range(STEPS * scenario.batches):
-        value = loss(rows_of(union(scenario, batch), mine), None)
-        engine.backward(value / scenario.batches if scenario.divided else value, **scenario.keywords)
-        with torch.no_grad():  # versions before 0.19 gather parameters as if gradients went through
-            engine.step()
+    with Collectives() as collectives:
+        for batch in range(STEPS * scenario.batches):
+            value = loss(rows_of(union(scenario, batch), mine), None)
+            engine.backward(value / scenario.batches if scenario.divided else value, **scenario.keywords)
+            with torch.no_grad():  # versions before 0.19 gather parameters as if gradients went through
+                engine.step()
     parameters = list(model.parameters())
     with deepspeed.zero.GatheredParameters(parameters) if scenario.stage == 3 else nullcontext():
-        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {"parameters": found, "collectives": collectives.counts}
 
 
 def alone(scenario: Scenario, model: Any) -> dict[str, Tensor]:
@@ -236,13 +239,23 @@ def test_parameters_are_those_of_one_process(ranks: Any, models: Any, name: str)
     exact = alone(scenario, copy.deepcopy(models[scenario.model]).double())
     eager = alone(scenario, copy.deepcopy(models[scenario.model]))
     for results in ranks:
-        found = results[name]
-        assert not isinstance(found, str), found
+        assert not isinstance(results[name], str), results[name]
+        found = results[name]["parameters"]
         assert found.keys() == exact.keys()
         for key, wanted in exact.items():
             error, allowed = ((x[key].double() - wanted).abs().max() for x in (found, eager))
             moved = (wanted - begin[key].double()).abs().max()
             assert error <= 4 * allowed + torch.finfo(torch.float32).eps * moved, key
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_number_of_mini_batches_adds_no_collectives(ranks: Any, stage: int) -> None:
+    """But for the parameters that ZeRO-3 gathers for each."""
+    for results in ranks:
+        many, one = (results[f"stage {stage}{name}"]["collectives"] for name in ("", ", one mini-batch"))
+        gathers = {name for name in many if stage == 3 and "gather" in name}
+        assert {k: n for k, n in many.items() if k not in gathers} == {k: n for k, n in one.items() if k not in gathers}
+        assert any("reduce" in name for name in many)
 
 
 WAYS_OUT = {

@@ -6,7 +6,6 @@ import copy
 import re
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbert_kernels import GradCache, losses
 from support.numbers import assert_close
+from support.ranks import Collectives
 
 VOCABULARY, LONGEST, COLUMNS = 200, 24, 4
 SIZES = (32, 3)
@@ -166,19 +165,6 @@ def union(scenario: Scenario, batch: int) -> list[Features]:
 
 def rows_of(columns: Sequence[Features], rows: slice) -> list[Features]:
     return [{k: v[rows] if isinstance(v, Tensor) else v for k, v in column.items()} for column in columns]
-
-
-class Collectives(TorchDispatchMode):
-    """Counts collectives, whoever starts them, but for the broadcast of buffers before a forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d" and "broadcast" not in function._schema.name:
-            self.counts[function._schema.name.removeprefix("c10d::")] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def loss_of(scenario: Scenario, model: Any, trained: Any, size: int) -> Callable[[list[Features]], Tensor]:

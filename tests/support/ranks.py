@@ -6,12 +6,14 @@ import multiprocessing
 import multiprocessing.connection
 import runpy
 import sys
+from collections import Counter
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HUNG_AFTER = 1800  # seconds
 
@@ -57,3 +59,16 @@ def run_file_in_ranks(context: BaseContext, file: str, world: int, folder: Path,
         for process in processes:
             process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives, whoever starts them, but for the broadcast of buffers before a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d" and "broadcast" not in function._schema.name:
+            self.counts[function._schema.name.removeprefix("c10d::")] += 1
+        return function(*args, **(kwargs or {}))
